@@ -1,0 +1,41 @@
+"""Package metadata. Tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="sparse_lm",
+    version="0.1.0",
+    description="Sparse expert language models in JAX and Flax: routing, dispatch, sharding, and numbers one can trust",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sparse_lm", "sparse_lm.*"]),
+    package_data={"sparse_lm": ["py.typed"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "flax>=0.12.7",
+        "grain>=0.2.16",
+        "jax>=0.10.0",
+        "jaxtyping>=0.3.2",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.0",
+        "tensorboardX>=2.6.2",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "dev": [
+            "beartype>=0.18",
+            "hypothesis>=6.100",
+            "pre-commit>=3.7",
+            "pyright>=1.1.390",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ],
+    },
+)

@@ -1,0 +1,10 @@
+"""Sparse expert language models in JAX and Flax."""
+
+from flax import nnx
+
+# NNX modules are used as plain pytrees under plain jax transformations. Graph mode (shared references, automatic
+# state propagation) is off for the whole package, so that nothing is updated behind a transformation's back.
+nnx.set_graph_mode(False)
+nnx.set_graph_updates(False)
+
+__version__ = "0.1.0"
