@@ -73,6 +73,24 @@ class Rules:
         return jax.sharding.reshard(x, self.act(letters))
 
 
+def _as_tuple(axes: Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _spec(letters: str, table: dict[str, Axes]) -> PartitionSpec:
+    seen: set[str] = set()
+    entries: list[Axes] = []
+    for letter in letters:
+        if letter != "." and letter not in LETTERS:
+            raise ValueError(f"unknown axis {letter!r} in {letters!r}; known: {', '.join(LETTERS)} and '.'")
+        axes = _as_tuple(table.get(letter))
+        if seen & set(axes):
+            raise ValueError(f"{letters!r} would use mesh axis {sorted(seen & set(axes))} twice; change the rules table")
+        seen |= set(axes)
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*entries)
+
+
 DEFAULT = Rules(
     activations=(
         ("B", BATCH_AXES),
@@ -92,24 +110,6 @@ DEFAULT = Rules(
         ("V", "model"),
     ),
 )
-
-
-def _as_tuple(axes: Axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else axes
-
-
-def _spec(letters: str, table: dict[str, Axes]) -> PartitionSpec:
-    seen: set[str] = set()
-    entries: list[Axes] = []
-    for letter in letters:
-        if letter != "." and letter not in LETTERS:
-            raise ValueError(f"unknown axis {letter!r} in {letters!r}; known: {', '.join(LETTERS)} and '.'")
-        axes = _as_tuple(table.get(letter))
-        if seen & set(axes):
-            raise ValueError(f"{letters!r} would use mesh axis {sorted(seen & set(axes))} twice; change the rules table")
-        seen |= set(axes)
-        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
-    return PartitionSpec(*entries)
 
 
 def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:

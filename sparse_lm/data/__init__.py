@@ -1,0 +1,1 @@
+"""Corpora, synthetic languages, packing and loading."""

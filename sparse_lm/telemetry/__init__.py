@@ -1,0 +1,1 @@
+"""Metrics, their sinks, progress and the report page."""

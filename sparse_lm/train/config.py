@@ -1,0 +1,57 @@
+"""Configuration of the training run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sparse_lm.config import Config, ConfigError, option
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
+    """How long, how much at a time, and how often to look.
+
+    batch_size: sequences in one optimizer step, over all devices.
+    accumulate: microbatches that one step is cut into. Loss and gradients are those of the whole batch.
+    log_every: steps between two rows of metrics.
+    eval_every: steps between two evaluations; the last step is always evaluated. eval_batches bounds one of them.
+    max_nonfinite: a step with a non-finite loss or gradient changes nothing and is counted; so many in a row abort.
+    sample_tokens: length of the continuation that is printed in the end; 0 is none.
+    """
+
+    steps: int = option(1000, ge=1)
+    batch_size: int = option(16, ge=1)
+    accumulate: int = option(1, ge=1)
+    log_every: int = option(1, ge=1)
+    eval_every: int = option(200, ge=1)
+    eval_batches: int = option(16, ge=1)
+    max_nonfinite: int = option(10, ge=1)
+    sample_tokens: int = option(200, ge=0)
+
+    def check(self) -> None:
+        """Raises `ConfigError` when the batch cannot be cut into microbatches."""
+        if self.batch_size % self.accumulate:
+            raise ConfigError("accumulate", self.accumulate, f"must divide train.batch_size={self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Config):
+    """every: steps between two checkpoints (the last step is always saved). keep: how many of the newest stay.
+
+    best: keep the one with the lowest validation loss as well. asynchronous: write while training goes on.
+    """
+
+    every: int = option(200, ge=1)
+    keep: int = option(2, ge=1)
+    best: bool = True
+    asynchronous: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Config):
+    """Sizes of the mesh axes (see `sparse_lm.sharding`); one of them may be -1: whatever devices are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    model: int = 1
