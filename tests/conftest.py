@@ -1,0 +1,47 @@
+"""Test surroundings: eight virtual CPU devices, a compilation cache, array annotations checked at run time.
+
+The environment is set before anything imports jax, because jax reads it once. What the user has set stays.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NUM_DEVICES = 8
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}={NUM_DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import typecheck  # noqa: E402  (a plain module of tests/; must come before the first import of the package)
+
+typecheck.install("sparse_lm")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("repeatable", deadline=None, max_examples=30, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[..., jax.sharding.Mesh]:
+    """Makes a mesh by the sizes of its axes, as in `mesh_of(data=2, expert=4)`; takes as many devices as they need."""
+    from sparse_lm.sharding import make_mesh
+
+    def make(**sizes: int) -> jax.sharding.Mesh:
+        needed = 1
+        for size in sizes.values():
+            needed *= size
+        if needed > len(jax.devices()):
+            pytest.fail(f"mesh {sizes} needs {needed} devices, there are {len(jax.devices())}: check XLA_FLAGS")
+        return make_mesh(sizes, jax.devices()[:needed])
+
+    return make
