@@ -7,6 +7,8 @@ from typing import Literal
 
 from sparse_lm.config import Config, ConfigError, option
 
+MAX_TABLE = 2**22  # entries of a grammar's table of successors: 32 MB, and as much again for probabilities
+
 
 @dataclasses.dataclass(frozen=True)
 class GrammarConfig(Config):
@@ -28,9 +30,14 @@ class GrammarConfig(Config):
     seed: int = option(0, ge=0)
 
     def check(self) -> None:
-        """Raises `ConfigError` when there are more successors than symbols."""
+        """Raises `ConfigError` when there are more successors than symbols, or the tables would not fit in memory."""
         if self.branching > self.num_symbols:
             raise ConfigError("branching", self.branching, f"must be at most num_symbols={self.num_symbols}")
+        entries = self.num_domains * self.num_symbols**self.order * self.branching
+        if entries > MAX_TABLE:
+            raise ConfigError(
+                "order", self.order, f"tables of {entries} entries, over {MAX_TABLE}; lower it or num_symbols"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
