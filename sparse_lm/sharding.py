@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -66,11 +67,128 @@ class Rules:
 
         The gradient takes the way back: reduce-scattered over `fsdp`. Casting first halves the bytes for bf16.
         """
-        return jax.sharding.reshard(weight if dtype is None else weight.astype(dtype), self.gathered(letters))
+        return _reshard(weight if dtype is None else weight.astype(dtype), self.gathered(letters))
+
+    def whole(self, weight: jax.Array, dtype=None) -> jax.Array:
+        """A stored parameter cast to `dtype` and present in full on every device."""
+        return _reshard(weight if dtype is None else weight.astype(dtype), PartitionSpec(*(None,) * weight.ndim))
 
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """The same values, laid out as an activation with these axes (moves data if they were laid out otherwise)."""
-        return jax.sharding.reshard(x, self.act(letters))
+        return _reshard(x, self.act(letters))
+
+    def einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
+        """`jnp.einsum` whose subscripts are logical axes; the result is laid out as an activation with its axes.
+
+        A contraction over a cut axis (heads or hidden width under tensor parallelism) is summed over the mesh here.
+        Inside a `shard_map` it is the plain einsum over the local shards.
+        """
+        out = self.act(subscripts.split("->")[1]) if explicit_mesh() else None
+        return jnp.einsum(subscripts, *operands, out_sharding=out)
+
+    def reshape(self, x: jax.Array, shape: tuple[int, ...], letters: str) -> jax.Array:
+        """`jnp.reshape` to an activation with these axes."""
+        return jnp.reshape(x, shape, out_sharding=self.act(letters) if explicit_mesh() else None)
+
+    def take_rows(self, table: jax.Array, rows: jax.Array, letters: str) -> jax.Array:
+        """`table[rows]` of a table that every device holds whole, as an activation with axes `letters`."""
+        return table.at[rows].get(out_sharding=self.act(letters) if explicit_mesh() else None)
+
+    def parameter_specs(self, tree):
+        """The partition of every leaf of a tree of parameters, or of anything shaped and named like them.
+
+        A leaf is recognised by its name: `up_EDF` has axes E, D, F, and one more N in front when layers are stacked.
+        A leaf without such a name (a step counter, a factored statistic of another rank) is not cut.
+        """
+
+        def spec(path, leaf):
+            letters = letters_of(path, leaf.ndim)
+            return PartitionSpec() if letters is None else self.param(letters)
+
+        return jax.tree_util.tree_map_with_path(spec, tree)
+
+    def shard_parameters(self, tree):
+        """Every leaf of the tree laid out as `parameter_specs` says."""
+        return jax.tree.map(_reshard, tree, self.parameter_specs(tree))
+
+    def per_device(self, body: Callable, parameters, activations, replicated):
+        """`body(parameters, activations, replicated)` on every device's own shards: the one `shard_map` of a model.
+
+        parameters: a tree named as `parameter_specs` expects, passed as stored. activations: arrays cut along their
+        first axis, as G is; so are the results. replicated: arrays that every device holds whole, or None.
+        Without a mesh it is a plain call.
+        """
+        if jax.sharding.get_abstract_mesh().empty:
+            return body(parameters, activations, replicated)
+        first = self.act("G")
+        parameters = self.shard_parameters(parameters)
+        specs = (self.parameter_specs(parameters), first, PartitionSpec())
+        return jax.shard_map(body, in_specs=specs, out_specs=first)(parameters, activations, replicated)
+
+    def gather_shards(self, tree, axes: tuple[str, ...], dtype=None):
+        """For use inside a `shard_map`: parameters all-gathered over the mesh axes `axes`, the other cuts kept.
+
+        Here the gradient's reduce-scatter is explicit: it is the transpose of the tiled all-gather.
+        """
+        def gather(leaf, spec):
+            leaf = leaf if dtype is None else leaf.astype(dtype)
+            for dim, cut in enumerate(spec):
+                for axis in reversed(_as_tuple(cut)):
+                    if axis in axes and manual_axis_size(axis) > 1:
+                        leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
+            return leaf
+
+        return jax.tree.map(gather, tree, self.parameter_specs(tree))
+
+
+def manual_axis_size(axis: str) -> int:
+    """Size of a mesh axis inside a `shard_map`; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def axis_index(axis: str) -> jax.Array | int:
+    """This device's place along a mesh axis inside a `shard_map`; 0 where no mesh is set."""
+    return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(axis)
+
+
+def sum_over(x: jax.Array, axis: str) -> jax.Array:
+    """Inside a `shard_map`: the sum of the devices' values along a mesh axis; `x` itself where no mesh is set."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, axis)
+
+
+def varying(x: jax.Array) -> jax.Array:
+    """Inside a `shard_map`: `x` declared to differ on every device; what enters a custom gradient has to be."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    aval = jax.typeof(x)
+    known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # renamed in jax 0.10
+    missing = tuple(axis for axis in mesh.axis_names if axis not in known)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def explicit_mesh() -> bool:
+    """Whether a mesh is set and arrays carry shardings; False in plain use without a mesh and inside a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def letters_of(path, ndim: int) -> str | None:
+    """The logical axes that a parameter's attribute name declares after its last underscore, or None.
+
+    path: a key path of `jax.tree_util`, or the name itself. Stacked layers have one axis more: N.
+    """
+    names = path if isinstance(path, str) else jax.tree_util.keystr(path, simple=True, separator="/")
+    name = names.removesuffix("/value").rsplit("/", 1)[-1]
+    letters = name.rsplit("_", 1)[-1] if "_" in name else ""
+    if not letters or any(letter not in LETTERS for letter in letters):
+        return None
+    return {len(letters): letters, len(letters) + 1: "N" + letters}.get(ndim)
+
+
+def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.sharding.reshard(x, spec) if explicit_mesh() else x
 
 
 def _as_tuple(axes: Axes) -> tuple[str, ...]:

@@ -1,1 +1,16 @@
-"""Dispatchers."""
+"""Dispatchers by name."""
+
+from __future__ import annotations
+
+from sparse_lm.moe.dispatch.all_to_all import AllToAll
+from sparse_lm.moe.dispatch.base import Dispatcher
+from sparse_lm.moe.dispatch.dense import Dense
+from sparse_lm.moe.dispatch.einsum import Einsum
+from sparse_lm.moe.dispatch.gather import Gather
+
+DISPATCHERS: dict[str, type[Dispatcher]] = {
+    "dense": Dense,
+    "einsum": Einsum,
+    "gather": Gather,
+    "all_to_all": AllToAll,
+}

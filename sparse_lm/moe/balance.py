@@ -1,0 +1,62 @@
+"""Router losses and balance metrics as functions of summed statistics.
+
+Conventions: the load-balance loss uses the share f of the routed assignments (sum 1), counted before drops, and is 1 at
+perfect balance for every k; padding counts nowhere; every loss is per layer.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparse_lm.moe.types import RouterStats
+
+
+def regroup(stats: RouterStats, units_per_scope: int) -> RouterStats:
+    """Sums of `units_per_scope` neighbouring units: the statistics of larger units. The unit axis must not be cut."""
+
+    def merge(x, axis):
+        shape = (*x.shape[:axis], x.shape[axis] // units_per_scope, units_per_scope, *x.shape[axis + 1 :])
+        return jnp.sum(x.reshape(shape), axis=axis + 1)
+
+    names = {"load_UE", "importance_UE"}
+    merged = {
+        name: merge(value, value.ndim - (2 if name in names else 1)) for name, value in vars(stats).items()
+    }
+    return RouterStats(**merged)
+
+
+def load_balance(
+    stats: RouterStats, tokens: jax.Array, whole_load_NE: Int[Array, "N E"] | None = None
+) -> Float[Array, "N"]:
+    """E * sum_e f_e P_e per layer, averaged over the units with their real tokens as weights.
+
+    tokens: real tokens of the whole batch, so that microbatches add up to the loss of the batch.
+    whole_load_NE: assignments per expert in the whole batch, for the global scope: f is then that of the batch, also
+        in a microbatch, and since no gradient flows through f the sum over microbatches is exact.
+    Source: Fedus et al. 2021, equations 4 to 6, with f divided by k.
+    """
+    num_experts = stats.load_UE.shape[-1]
+    if whole_load_NE is not None:
+        share = _share(whole_load_NE)[:, None, :]
+    else:
+        share = _share(stats.load_UE)
+    return num_experts * jnp.sum(share * stats.importance_UE, axis=(-2, -1)) / jnp.maximum(tokens, 1)
+
+
+def z_loss(stats: RouterStats, tokens: jax.Array) -> Float[Array, "N"]:
+    """Mean squared logsumexp of the router's logits per layer (Zoph et al. 2022, equation 5)."""
+    return jnp.sum(stats.z_U, axis=-1) / jnp.maximum(tokens, 1)
+
+
+def max_violation(load_NE: Int[Array, "*N E"]) -> Float[Array, "*N"]:
+    """(largest load - mean load) / mean load; 0 at perfect balance (Wang et al. 2024, MaxVio)."""
+    load = load_NE.astype(jnp.float32)
+    mean = jnp.maximum(jnp.mean(load, axis=-1), 1e-9)
+    return jnp.max(load, axis=-1) / mean - 1
+
+
+def _share(load_E: jax.Array) -> jax.Array:
+    load_E = load_E.astype(jnp.float32)
+    return load_E / jnp.maximum(jnp.sum(load_E, axis=-1, keepdims=True), 1)

@@ -1,0 +1,75 @@
+"""Configuration of sparse layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.moe.routers import ROUTERS, RouterConfig, RouterShape
+from sparse_lm.moe.routers.top_k import TopK
+from sparse_lm.moe.slots import Priority
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig(Config):
+    """Weights of the router losses; each is added once per sparse layer (a sum over layers, as in Switch, DeepSeek).
+
+    load: of the load-balance loss, which is 1 at perfect balance for every k. z: of the z-loss.
+    scope: over which tokens loads and probabilities are averaged before they are multiplied: `sequence` (DeepSeek-V2),
+        `group` (Switch, GShard), `global` (the whole batch of a step, over devices and microbatches: Qiu et al. 2025).
+    """
+
+    load: float = option(0.01, ge=0)
+    z: float = option(0.001, ge=0)
+    scope: Literal["sequence", "group", "global"] = "global"
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig(Config):
+    """Which layers are sparse and how.
+
+    num_experts, top_k: routed experts, and how many of them see a token.
+    d_expert: hidden width of an expert; None is d_ff / top_k (rounded down), so that routed FLOPs equal the dense
+        layer's.
+    num_shared: experts of the same width that see every token, beside the routed ones.
+    every, first_dense: after `first_dense` dense layers, each `every`-th layer is sparse.
+    group_size: tokens that compete for the same slots; None is one sequence. It divides the length, or is a multiple
+        of it; results never depend on the mesh.
+    capacity_factor: slots per expert and group are ceil(factor * top_k * group_size / num_experts); None drops
+        nothing. capacity_factor_eval: the same in evaluation.
+    priority: who gets a slot first, see `moe.slots.place`. dispatcher: see `moe.dispatch`.
+    expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
+    allow_non_causal: accept routing that looks at later tokens under a causal objective.
+    """
+
+    num_experts: int = option(8, ge=1)
+    top_k: int = option(1, ge=1)
+    d_expert: int | None = option(None, ge=1)
+    num_shared: int = option(0, ge=0)
+    every: int = option(2, ge=1)
+    first_dense: int = option(0, ge=0)
+    router: RouterConfig = option(TopK(), variants=ROUTERS)
+    group_size: int | None = option(None, ge=1)
+    capacity_factor: float | None = option(1.25, gt=0)
+    capacity_factor_eval: float | None = option(2.0, gt=0)
+    priority: Priority = "first_choice"
+    dispatcher: Literal["dense", "einsum", "gather", "all_to_all"] = "gather"
+    balance: BalanceConfig = BalanceConfig()
+    expert_dropout: float = option(0.0, ge=0, lt=1)
+    init_scale: float = option(1.0, gt=0)
+    allow_non_causal: bool = False
+
+    def check(self) -> None:
+        """Raises `ConfigError` when fields contradict each other."""
+        if self.top_k > self.num_experts:
+            raise ConfigError("top_k", self.top_k, f"must be at most num_experts={self.num_experts}")
+        try:
+            self.router.check_shape(RouterShape(1, self.num_experts, self.top_k))
+        except ConfigError as error:
+            raise error.under("router") from None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token's result depends on later tokens of its sequence, in training as configured."""
+        return self.router.causal and (self.capacity_factor is None or self.priority != "probability")

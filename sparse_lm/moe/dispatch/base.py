@@ -1,0 +1,72 @@
+"""What every dispatcher shares: the only `shard_map` of the model, and how experts meet tokens in it.
+
+A dispatcher takes tokens to experts and back. On a mesh one of the two has to move:
+
+- `weights` move: each device gathers all experts and keeps its tokens (like FSDP along E);
+- `tokens` move: each device keeps its experts, and an all-to-all over the `expert` axis exchanges the slots.
+
+Everything inside is local to a device: plain arrays, G the local groups, no sharding in sight.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparse_lm.moe.experts import Experts
+from sparse_lm.moe.slots import SlotRule
+from sparse_lm.moe.types import TokenChoice
+from sparse_lm.sharding import Rules, axis_index, sum_over
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatcher(abc.ABC):
+    """Takes tokens to their experts and back: `(experts, x_GSD, decision, key) -> (y_GSD, kept_GSK)`; no weights."""
+
+    slots: SlotRule
+    rules: Rules
+
+    @abc.abstractmethod
+    def local(
+        self, experts: Experts, x_GSD: jax.Array, decision: TokenChoice, ids_GS: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """One device's share. ids_GS: the number of each token in the whole batch. Returns float32 y and kept."""
+
+    moves_tokens = False
+
+    def __call__(
+        self, experts: Experts, x_GSD: Float[Array, "G S D"], decision: TokenChoice, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
+        """Each token's gated sum over its experts, in the dtype of x, and which assignments were kept.
+
+        The gated sum is taken in float32. key: None is evaluation, without expert dropout.
+        """
+        groups, size = x_GSD.shape[:2]
+        ids_GS = self.rules.constrain(jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size), "GS")
+        axes = ("fsdp",) if self.moves_tokens else ("fsdp", "expert")
+
+        def body(experts, tokens, key):
+            x_GSD, decision, ids_GS = tokens
+            experts = self.rules.gather_shards(experts, axes, x_GSD.dtype)
+            y_GSD, kept_GSK = self.local(experts, x_GSD, decision, ids_GS, key)
+            # A shard of F gave a partial sum; the combination is linear, so the sum is taken once, at its narrowest.
+            return sum_over(y_GSD, "model").astype(x_GSD.dtype), kept_GSK
+
+        return self.rules.per_device(body, experts, (x_GSD, decision, ids_GS), key)
+
+
+def apply_experts(experts: Experts, x_ERD: jax.Array, ids_ER: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    """Experts on their rows, with the row numbers that seed expert dropout: token * E + expert.
+
+    ids_ER: the token in each row (any number for an empty row), or None when nothing is dropped.
+    """
+    if ids_ER is None or key is None or experts.dropout_rate == 0:
+        return experts(x_ERD)
+    local = ids_ER.shape[0]
+    first = axis_index("expert") * local if local < experts.num_experts else 0
+    expert_E1 = first + jnp.arange(local, dtype=jnp.int32)[:, None]
+    return experts(x_ERD, ids_ER * experts.num_experts + expert_E1, key)

@@ -1,0 +1,64 @@
+"""Stacked experts: one matrix product for all of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.nn.mlp import GATED, activate
+
+
+class Experts(nnx.Module):
+    """E feed-forward layers D -> F -> D without biases, each on its own rows. Knows neither mesh nor router.
+
+    dropout_rate: of the hidden values (expert dropout: Fedus et al. 2021, section 2.4).
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        sizes: tuple[int, int, int],
+        kind: str,
+        init_scale: float = 1.0,
+        dropout_rate: float = 0.0,
+    ):
+        """sizes: (experts, model width, hidden width). kind: the activation, see `sparse_lm.nn.mlp`."""
+        num_experts, d_model, d_hidden = sizes
+        up, gate, down = jax.random.split(key, 3)
+        self.kind, self.num_experts, self.d_hidden, self.dropout_rate = kind, num_experts, d_hidden, dropout_rate
+        self.up_EDF = nnx.Param(fan_in_normal(up, (num_experts, d_model, d_hidden), d_model, init_scale))
+        gated = kind in GATED
+        self.gate_EDF = nnx.Param(fan_in_normal(gate, self.up_EDF.shape, d_model, init_scale)) if gated else None
+        self.down_EFD = nnx.Param(fan_in_normal(down, (num_experts, d_hidden, d_model), d_hidden, init_scale))
+
+    def __call__(
+        self,
+        x_EXD: Float[Array, "E X D"],
+        ids_EX: Int[Array, "E X"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "E X D"]:
+        """Expert e applied to each of its X rows; the weights in memory may be a shard along E and F.
+
+        With a shard of F the result is a partial sum. key and ids_EX: for dropout, a number per (token, expert) that
+        seeds the mask of its row, so that the mask does not depend on where the row is computed.
+        """
+        up_EXF = jnp.einsum("EXD,EDF->EXF", x_EXD, self.up_EDF[...])
+        gate_EXF = None if self.gate_EDF is None else jnp.einsum("EXD,EDF->EXF", x_EXD, self.gate_EDF[...])
+        hidden_EXF = activate(self.kind, up_EXF, gate_EXF)
+        if key is not None and ids_EX is not None and self.dropout_rate > 0:
+            hidden_EXF = _row_dropout(hidden_EXF, self.dropout_rate, key, ids_EX, self.d_hidden)
+        return jnp.einsum("EXF,EFD->EXD", hidden_EXF, self.down_EFD[...])
+
+
+def _row_dropout(hidden_EXF, rate, key, ids_EX, d_hidden):
+    def row(row_id):
+        return jax.random.bernoulli(jax.random.fold_in(key, row_id), 1 - rate, (d_hidden,))
+
+    keep_EXF = jax.vmap(jax.vmap(row))(ids_EX)
+    if hidden_EXF.shape[-1] < d_hidden:  # a shard of the hidden width: its own columns of the whole mask
+        start = jax.lax.axis_index("model") * hidden_EXF.shape[-1]
+        keep_EXF = jax.lax.dynamic_slice_in_dim(keep_EXF, start, hidden_EXF.shape[-1], axis=-1)
+    return jnp.where(keep_EXF, hidden_EXF / (1 - rate), jnp.zeros((), hidden_EXF.dtype))

@@ -1,0 +1,79 @@
+"""The sparse layer: router, dispatcher, experts and shared experts, composed."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.experts import Experts
+from sparse_lm.moe.routers import RouterShape
+from sparse_lm.moe.slots import SlotRule, capacity
+from sparse_lm.moe.stats import dispatch_stats, router_stats
+from sparse_lm.moe.types import LayerStats
+from sparse_lm.nn.dropout import split_keys
+from sparse_lm.nn.mlp import Mlp
+from sparse_lm.sharding import Rules
+
+
+class MoE(nnx.Module):
+    """A drop-in for `Mlp`: D -> D, with statistics beside."""
+
+    def __init__(self, key: jax.Array, d_model: int, d_expert: int, kind: str, config: MoEConfig, rules: Rules):
+        router, experts, shared = jax.random.split(key, 3)
+        self.config, self.rules = config, rules
+        self.router = config.router.build(router, RouterShape(d_model, config.num_experts, config.top_k), rules)
+        sizes = (config.num_experts, d_model, d_expert)
+        self.experts = Experts(experts, sizes, kind, config.init_scale, config.expert_dropout)
+        width = config.num_shared * d_expert
+        self.shared = Mlp(shared, d_model, width, kind, rules, config.expert_dropout) if width else None
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"], key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B L D"], LayerStats]:
+        """The experts' output and the statistics of the routing.
+
+        mask_BL: False is padding, which reaches no routed expert. key: None is evaluation: no noise, no dropout, the
+        capacity of evaluation. Raises `ValueError` when the tokens cannot be cut into groups.
+        """
+        config, rules = self.config, self.rules
+        batch, length, width = x_BLD.shape
+        size = group_size(config, batch, length)
+        x_GSD = rules.reshape(x_BLD, (batch * length // size, size, width), "GSD")
+        mask_GS = rules.reshape(mask_BL, x_GSD.shape[:2], "GS")
+        router_key, expert_key, shared_key = split_keys(key, 3)
+
+        decision, scores = self.router(x_GSD, mask_GS, router_key)
+        y_GSD, kept_GSK = self.dispatcher(size, training=key is not None)(self.experts, x_GSD, decision, expert_key)
+        y_BLD = rules.reshape(y_GSD, x_BLD.shape, "BLD")
+        if self.shared is not None:
+            y_BLD = y_BLD + self.shared(x_BLD, shared_key)
+        stats = LayerStats(
+            router_stats(decision, scores, mask_GS, min(size, length), rules),
+            dispatch_stats(decision, kept_GSK, mask_GS),
+        )
+        return y_BLD, stats
+
+    def dispatcher(self, size: int, training: bool):
+        """The dispatcher for groups of `size` tokens."""
+        config = self.config
+        factor = config.capacity_factor if training else config.capacity_factor_eval
+        slots = SlotRule(
+            capacity(factor, config.top_k, size, config.num_experts),
+            config.priority,
+            renormalise=getattr(config.router, "renormalise", "none") == "after_drop",
+        )
+        return DISPATCHERS[config.dispatcher](slots, self.rules)
+
+
+def group_size(config: MoEConfig, batch: int, length: int) -> int:
+    """Tokens per group for a batch of this shape; a configured size above one sequence spans neighbouring ones."""
+    size = config.group_size or length
+    if (length % size and size % length) or batch * length % size:
+        raise ValueError(
+            f"model.moe.group_size={size} neither divides the length {length} nor is a multiple of it that divides "
+            f"the {batch * length} tokens of the batch"
+        )
+    return size

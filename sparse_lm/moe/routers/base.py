@@ -1,0 +1,72 @@
+"""What a router is: weights, and a rule that turns tokens into a decision."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sparse_lm.config import Config
+from sparse_lm.moe.types import Scores, TokenChoice
+from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterShape:
+    """What every router is told about the layer that it serves."""
+
+    d_model: int
+    num_experts: int
+    top_k: int
+
+
+class Router(nnx.Module, abc.ABC):
+    """Decides which experts see which tokens. All arithmetic is float32, whatever the dtype of x.
+
+    A router does not count: sums over its decisions are made in `sparse_lm.moe.stats`, the same for all.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self, x_GSD: Float[Array, "G S D"], mask_GS: Bool[Array, "G S"], key: jax.Array | None
+    ) -> tuple[TokenChoice, Scores]:
+        """Decides for G groups of S tokens. mask_GS: False is padding, which gets no expert. key: None is evaluation.
+
+        G may be cut over devices and S never is, so that each group can be decided where it lies.
+        """
+
+
+class RouterConfig(Config, abc.ABC):
+    """Base of the options of a router; a subclass is a frozen dataclass with a class attribute `kind`."""
+
+    kind: str
+
+    @abc.abstractmethod
+    def build(self, key: jax.Array, shape: RouterShape, rules: Rules) -> Router:
+        """The router with fresh weights."""
+
+    def check_shape(self, shape: RouterShape) -> None:
+        """Raises `ConfigError` where the router cannot serve such a layer. Overridden where there is a limit."""
+
+    causal = True  # whether a token's experts depend on no later token
+
+
+class LinearScores(nnx.Module):
+    """The linear map from tokens to a logit per expert, in float32 (selective precision: Fedus et al. 2021, 2.4)."""
+
+    def __init__(self, key: jax.Array, shape: RouterShape, init_scale: float, rules: Rules):
+        self.rules = rules
+        self.weight_DE = nnx.Param(fan_in_normal(key, (shape.d_model, shape.num_experts), shape.d_model, init_scale))
+
+    def __call__(self, x_GSD: Float[Array, "G S D"], jitter: float, key: jax.Array | None) -> Float[Array, "G S E"]:
+        """Logits. jitter: the input is multiplied by a uniform number in [1 - jitter, 1 + jitter], in training only."""
+        x_GSD = x_GSD.astype(jnp.float32)
+        if jitter > 0 and key is not None:
+            noise = jax.random.uniform(key, x_GSD.shape, jnp.float32, 1 - jitter, 1 + jitter)
+            x_GSD = x_GSD * self.rules.constrain(noise, "GSD")
+        return self.rules.einsum("GSD,DE->GSE", x_GSD, self.rules.whole(self.weight_DE[...]))

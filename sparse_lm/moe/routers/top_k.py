@@ -1,0 +1,104 @@
+"""Top-k routing: Switch (k = 1), GShard (k = 2 with a policy for the second expert), Mixtral, OLMoE, Qwen."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparse_lm.config import ConfigError, option
+from sparse_lm.moe.routers.base import LinearScores, Router, RouterConfig, RouterShape
+from sparse_lm.moe.types import Scores, TokenChoice
+from sparse_lm.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(RouterConfig):
+    """Options of top-k routing.
+
+    gate: `softmax_before` (over all experts, then choose: Switch, GShard, OLMoE), `softmax_after` (over the chosen
+        logits: Mixtral; equals softmax_before with renormalisation).
+    renormalise: make the gates of a token sum to 1 over its choices: `none`, `before_drop`, or `after_drop` (over the
+        assignments that found a slot).
+    jitter: see `LinearScores`; Switch used 0.01.
+    second_expert: which choices after the first are used: `all`; `none`; `threshold` (gate share above
+        `second_threshold`); `gshard` (with probability min(1, 2 g), GShard's algorithm 1); `mesh_tf` (with
+        probability min(1, g / second_threshold)). g is the choice's share of the gates of the token's first two
+        choices; in evaluation the random policies keep all.
+    init_scale: of the router's weights, see `fan_in_normal`.
+    """
+
+    kind = "top_k"
+
+    gate: Literal["softmax_before", "softmax_after"] = "softmax_before"
+    renormalise: Literal["none", "before_drop", "after_drop"] = "none"
+    jitter: float = option(0.0, ge=0, lt=1)
+    second_expert: Literal["all", "none", "threshold", "gshard", "mesh_tf"] = "all"
+    second_threshold: float = option(0.2, gt=0, le=1)
+    init_scale: float = option(0.1, gt=0)
+
+    def check_shape(self, shape: RouterShape) -> None:
+        """Refuses gates that are constantly 1: the loss of the task would never reach the router."""
+        if shape.top_k == 1 and self.gate == "softmax_after":
+            raise ConfigError(
+                "gate", self.gate, "with top_k=1 this gate is always 1 and the router learns nothing; use softmax_before"
+            )
+        if shape.top_k == 1 and self.renormalise != "none":
+            raise ConfigError(
+                "renormalise", self.renormalise, "with top_k=1 the gate becomes 1 and the router learns nothing; use none"
+            )
+        if self.second_expert != "all" and shape.top_k == 1:
+            raise ConfigError("second_expert", self.second_expert, "there is no second expert with top_k=1; use all")
+
+    def build(self, key: jax.Array, shape: RouterShape, rules: Rules) -> Router:
+        """See `RouterConfig.build`."""
+        return TopKRouter(key, self, shape, rules)
+
+
+class TopKRouter(Router):
+    """Chooses the K experts with the highest logits."""
+
+    def __init__(self, key: jax.Array, config: TopK, shape: RouterShape, rules: Rules):
+        self.config, self.top_k = config, shape.top_k
+        self.scores = LinearScores(key, shape, config.init_scale, rules)
+
+    def __call__(
+        self, x_GSD: Float[Array, "G S D"], mask_GS: Bool[Array, "G S"], key: jax.Array | None
+    ) -> tuple[TokenChoice, Scores]:
+        """See `Router`."""
+        config = self.config
+        jitter_key, policy_key = (None, None) if key is None else jax.random.split(key)
+        logits_GSE = self.scores(x_GSD, config.jitter, jitter_key)
+        probability_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        chosen_GSK, expert_GSK = jax.lax.top_k(logits_GSE, self.top_k)
+        if config.gate == "softmax_after":
+            gate_GSK = jax.nn.softmax(chosen_GSK, axis=-1)
+        else:
+            gate_GSK = jnp.take_along_axis(probability_GSE, expert_GSK, axis=-1)
+        used_GSK = self._used(gate_GSK, policy_key) & mask_GS[..., None]
+        if config.renormalise == "before_drop":
+            # GShard normalises over the candidates, before its policy may leave the second one unused.
+            gate_GSK = gate_GSK / jnp.sum(gate_GSK, axis=-1, keepdims=True)
+        decision = TokenChoice(
+            expert_GSK=jnp.where(used_GSK, expert_GSK, -1).astype(jnp.int32),
+            gate_GSK=jnp.where(used_GSK, gate_GSK, 0.0),
+        )
+        return decision, Scores(probability_GSE, jax.nn.logsumexp(logits_GSE, axis=-1))
+
+    def _used(self, gate_GSK: jax.Array, key: jax.Array | None) -> jax.Array:
+        """True for the choices that the policy uses; the first always is."""
+        policy = self.config.second_expert
+        first_K = jnp.arange(self.top_k) == 0
+        if policy == "all" or (key is None and policy in ("gshard", "mesh_tf")):
+            return jnp.broadcast_to(True, gate_GSK.shape)
+        if policy == "none":
+            return jnp.broadcast_to(first_K, gate_GSK.shape)
+        share_GSK = jax.lax.stop_gradient(gate_GSK / jnp.sum(gate_GSK[..., :2], axis=-1, keepdims=True))
+        if policy == "threshold":
+            return first_K | (share_GSK > self.config.second_threshold)
+        scale = 2.0 if policy == "gshard" else 1.0 / self.config.second_threshold
+        uniform_GSK = self.scores.rules.constrain(jax.random.uniform(key, gate_GSK.shape), "GSK")
+        return first_K | (scale * share_GSK > uniform_GSK)

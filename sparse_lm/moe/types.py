@@ -1,0 +1,89 @@
+"""What routers, dispatchers and losses say to each other: data, never behaviour."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+HISTOGRAM_BINS = 20
+POSITION_BINS = 16
+
+
+def pytree_dataclass(cls):
+    """A frozen dataclass that is a pytree of its fields."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@pytree_dataclass
+class TokenChoice:
+    """Each token chooses experts.
+
+    expert_GSK: the chosen expert, first choice first; -1 is no expert (padding, or a choice the router declined).
+    gate_GSK: its weight in the token's output, float32, before any drop; 0 where there is no expert.
+    """
+
+    expert_GSK: Int[Array, "G S K"]
+    gate_GSK: Float[Array, "G S K"]
+
+
+@pytree_dataclass
+class Scores:
+    """What a router thought of every expert, whatever it decided; float32. Balance losses are made of it.
+
+    probability_GSE: sums to 1 over the experts. logsumexp_GS: of the logits.
+    """
+
+    probability_GSE: Float[Array, "G S E"]
+    logsumexp_GS: Float[Array, "G S"]
+
+
+@pytree_dataclass
+class RouterStats:
+    """Sums over the tokens of a statistics unit, so that units, shards, layers and microbatches simply add.
+
+    A unit is the smaller of a routing group and a sequence; every scope of a balance loss is a union of units.
+    Padding counts in nothing but `padding_U`. Counts are int32, exact; layers may be stacked in front of U.
+
+    tokens_U: real tokens. padding_U: the others. declined_U: choices of real tokens that the router left unused.
+    load_UE: assignments per expert, before drops. importance_UE: sum of the probabilities.
+    z_U: sum of squared logsumexp. entropy_U: sum of the entropies of the probabilities, in nats.
+    """
+
+    tokens_U: Int[Array, "*N U"]
+    padding_U: Int[Array, "*N U"]
+    declined_U: Int[Array, "*N U"]
+    load_UE: Int[Array, "*N U E"]
+    importance_UE: Float[Array, "*N U E"]
+    z_U: Float[Array, "*N U"]
+    entropy_U: Float[Array, "*N U"]
+
+
+@pytree_dataclass
+class DispatchStats:
+    """What became of the assignments; exact counts, layers may be stacked in front.
+
+    kept, dropped: assignments of real tokens, in total: kept + dropped + declined + k * padding = k * tokens in all.
+    served: number of real tokens with 0, 1, ... K experts left.
+    gate_histogram: kept assignments by gate, in equal bins of [0, 1].
+    routed_by_position, dropped_by_position: assignments by the token's place in its group, in equal bins.
+    gate_mass, kept_gate_mass: sums of the gates before and after drops.
+    """
+
+    kept: Int[Array, "*N"]
+    dropped: Int[Array, "*N"]
+    served: Int[Array, "*N K1"]
+    gate_histogram: Int[Array, "*N bins"]
+    routed_by_position: Int[Array, "*N bins"]
+    dropped_by_position: Int[Array, "*N bins"]
+    gate_mass: Float[Array, "*N"]
+    kept_gate_mass: Float[Array, "*N"]
+
+
+@pytree_dataclass
+class LayerStats:
+    """All that a sparse layer reports, layers stacked in front when it comes out of a model."""
+
+    router: RouterStats
+    dispatch: DispatchStats
