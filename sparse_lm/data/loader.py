@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -214,7 +214,7 @@ class TrainLoader:
     def batch_at(self, step: int) -> Batch:
         """This process's slice of the global batch of a step; leaves the stream where it is."""
         index, count = self._process
-        return self._slices[step * count + index]
+        return cast(Batch, self._slices[step * count + index])
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, ready for JSON: `step` is the next one, `epoch` that of its first row."""

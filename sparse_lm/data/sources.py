@@ -26,10 +26,8 @@ from sparse_lm.data.documents import BOM, Corpus, DataError, SourceFile, take_do
 
 # Not text that anyone wrote (tables of codecs), text that the docs domain has anyway (pydoc_data), tests, and what
 # depends on the environment rather than on the Python.
-STDLIB_EXCLUDED = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3")
-    + ("encodings", "pydoc_data", "__pycache__")
-)
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
+STDLIB_EXCLUDED |= {"encodings", "pydoc_data", "__pycache__"}
 LICENSE_FILE = re.compile(r"\.dist-info/(.*/)?(LICEN[CS]E|COPYING|NOTICE)[^/]*$", re.IGNORECASE)
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 DEFAULT_DOMAIN = "text"
