@@ -130,6 +130,7 @@ class Rules:
 
         Here the gradient's reduce-scatter is explicit: it is the transpose of the tiled all-gather.
         """
+
         def gather(leaf, spec):
             leaf = leaf if dtype is None else leaf.astype(dtype)
             for dim, cut in enumerate(spec):
@@ -203,7 +204,9 @@ def _spec(letters: str, table: dict[str, Axes]) -> PartitionSpec:
             raise ValueError(f"unknown axis {letter!r} in {letters!r}; known: {', '.join(LETTERS)} and '.'")
         axes = _as_tuple(table.get(letter))
         if seen & set(axes):
-            raise ValueError(f"{letters!r} would use mesh axis {sorted(seen & set(axes))} twice; change the rules table")
+            raise ValueError(
+                f"{letters!r} would use mesh axis {sorted(seen & set(axes))} twice; change the rules table"
+            )
         seen |= set(axes)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     return PartitionSpec(*entries)

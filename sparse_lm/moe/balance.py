@@ -13,20 +13,6 @@ from jaxtyping import Array, Float, Int
 from sparse_lm.moe.types import RouterStats
 
 
-def regroup(stats: RouterStats, units_per_scope: int) -> RouterStats:
-    """Sums of `units_per_scope` neighbouring units: the statistics of larger units. The unit axis must not be cut."""
-
-    def merge(x, axis):
-        shape = (*x.shape[:axis], x.shape[axis] // units_per_scope, units_per_scope, *x.shape[axis + 1 :])
-        return jnp.sum(x.reshape(shape), axis=axis + 1)
-
-    names = {"load_UE", "importance_UE"}
-    merged = {
-        name: merge(value, value.ndim - (2 if name in names else 1)) for name, value in vars(stats).items()
-    }
-    return RouterStats(**merged)
-
-
 def load_balance(
     stats: RouterStats, tokens: jax.Array, whole_load_NE: Int[Array, "N E"] | None = None
 ) -> Float[Array, "N"]:

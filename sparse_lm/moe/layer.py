@@ -50,8 +50,9 @@ class MoE(nnx.Module):
         y_BLD = rules.reshape(y_GSD, x_BLD.shape, "BLD")
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD, shared_key)
+        unit = length if config.balance.scope == "sequence" else size
         stats = LayerStats(
-            router_stats(decision, scores, mask_GS, min(size, length), rules),
+            router_stats(decision, scores, mask_GS, unit, rules),
             dispatch_stats(decision, kept_GSK, mask_GS),
         )
         return y_BLD, stats

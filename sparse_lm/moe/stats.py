@@ -21,7 +21,7 @@ from sparse_lm.sharding import Rules
 def router_stats(
     decision: TokenChoice, scores: Scores, mask_GS: Bool[Array, "G S"], unit: int, rules: Rules
 ) -> RouterStats:
-    """Sums per statistics unit of `unit` tokens (a divisor of S). mask_GS: False is padding."""
+    """Sums per statistics unit of `unit` tokens (a sequence or a group). mask_GS: False is padding."""
     num_experts = scores.probability_GSE.shape[-1]
     real_GS = mask_GS.astype(jnp.float32)
     probability_GSE = scores.probability_GSE * real_GS[..., None]

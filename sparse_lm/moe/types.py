@@ -43,8 +43,7 @@ class Scores:
 class RouterStats:
     """Sums over the tokens of a statistics unit, so that units, shards, layers and microbatches simply add.
 
-    A unit is the smaller of a routing group and a sequence; every scope of a balance loss is a union of units.
-    Padding counts in nothing but `padding_U`. Counts are int32, exact; layers may be stacked in front of U.
+    A unit is what the scope of the balance loss asks for: a sequence, or a routing group. Padding counts in nothing but `padding_U`. Counts are int32, exact; layers may be stacked in front of U.
 
     tokens_U: real tokens. padding_U: the others. declined_U: choices of real tokens that the router left unused.
     load_UE: assignments per expert, before drops. importance_UE: sum of the probabilities.

@@ -9,7 +9,7 @@ from sparse_lm.telemetry.axes import Axis, Scale, make_scale, tick_labels, ticks
 from sparse_lm.telemetry.colors import SERIES
 from sparse_lm.telemetry.svg import CHAR, GRID, INK, MUTED, Frame, Size, num, root, text, x_axis, y_axis
 
-_LEFT, _GAP, _PANEL = 92, 14, 62
+_LEFT, _GAP, _PANEL = 84, 14, 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def histogram_grid(
     if not cells or len(cells) != len(rows) or any(len(row) != len(columns) for row in cells):
         shape = [len(row) for row in cells]
         raise ValueError(f"histogram grid {title!r}: rows of {shape} cells for {len(rows)} x {len(columns)} names")
-    size = Size(540, 34 + len(rows) * (_PANEL + _GAP) + 32)
+    size = Size(Size().width, 34 + len(rows) * (_PANEL + _GAP) + 22)
     most = max(100 * share for row in cells for cell in row for share in cell.shares) or 1.0
     width = (size.width - _LEFT - 20 - _GAP * (len(columns) - 1)) / len(columns)
     parts = [text(2, 12, "share of choices (%)")]

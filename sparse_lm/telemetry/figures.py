@@ -24,9 +24,10 @@ class Figure:
 
 
 def step_axis(run: RunData) -> Axis:
-    """The x axis of everything over time, the same for all figures of a run."""
+    """The x axis of everything over time, the same for all figures of a run; from 0 unless it was resumed elsewhere."""
     steps = [row["step"] for row in (*run.train, *run.validation)]
-    return Axis("step", low=min(steps, default=0), high=max(steps, default=1), integer=True)
+    low, high = min(steps, default=0), max(steps, default=1)
+    return Axis("step", low=0 if low <= high // 20 else low, high=high, integer=True)
 
 
 def raw_and_smooth(run: RunData, key: str, name: str, factor: float = 1.0) -> list[Series]:
@@ -37,8 +38,8 @@ def raw_and_smooth(run: RunData, key: str, name: str, factor: float = 1.0) -> li
         return [Series(name, steps, values, SERIES[0], markers=True)]
     mean = smooth(values, len(values) // 50)
     return [
-        Series(f"{name}, each row", *thin(steps, values, POINTS), SERIES[0], faint=True),
-        Series(f"{name}, running mean", *thin(steps, mean, POINTS), SERIES[0]),
+        Series(f"{name} (each row)", *thin(steps, values, POINTS), SERIES[0], faint=True),
+        Series(f"{name} (running mean)", *thin(steps, mean, POINTS), SERIES[0]),
     ]
 
 

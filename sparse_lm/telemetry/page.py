@@ -19,7 +19,8 @@ h3 { font-size: 15px; margin: 0; }
 p { margin: 4px 0 10px; max-width: 78ch; }
 .muted, figcaption { color: #5a5a5a; font-size: 13px; }
 figcaption { margin: 1px 0 8px; min-height: 1.5em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(142px, 1fr)); gap: 10px; margin: 16px 0 8px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(45%, 200px), 1fr)); gap: 10px;
+  margin: 16px 0 8px; }
 .tile { border: 1px solid #dcdcdc; border-radius: 6px; padding: 9px 12px; }
 .tile b { display: block; font-size: 21px; line-height: 1.25; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .tile span { display: block; font-size: 12.5px; line-height: 1.35; color: #5a5a5a; }
@@ -28,6 +29,9 @@ figcaption { margin: 1px 0 8px; min-height: 1.5em; }
   margin: 14px 0; }
 .grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 20px 26px; }
 figure { margin: 0; min-width: 0; break-inside: avoid; }
+.small figure { max-width: 400px; }
+@supports (grid-template-rows: subgrid) { .grid, .grid.small { row-gap: 0; }
+  figure { display: grid; grid-row: span 3; grid-template-rows: subgrid; margin-bottom: 26px; } }
 svg.chart { display: block; width: 100%; height: auto; }
 .key { max-width: 360px; margin: 10px 0; }
 details { border-bottom: 1px solid #e4e4e4; }
@@ -53,7 +57,7 @@ SCRIPT = """
   tip.id = "tip";
   document.body.appendChild(tip);
   function round(v) { return Math.abs(v) >= 1e5 ? v.toLocaleString("en", {maximumFractionDigits: 0})
-    : String(Number(v.toPrecision(4))); }
+    : String(Number(v.toPrecision(3))); }
   function value(share, ends) { return ends[2] ? ends[0] * Math.pow(ends[1] / ends[0], share)
     : ends[0] + share * (ends[1] - ends[0]); }
   function nums(svg, name) { return svg.dataset[name].split(" ").map(Number); }

@@ -65,7 +65,7 @@ def state_sentence(run: RunData, bottom: Verdict) -> str:
         words += f" {bottom.nonfinite_steps:,} steps had a loss or gradient that was not finite and changed nothing."
     idle = routing.idle_experts(run)
     if idle is not None and idle[0]:
-        words += f" {idle[0]} of {idle[1]} experts are idle: under a tenth of an even load."
+        words += f" Idle experts (under a tenth of an even load): {idle[0]} of {idle[1]:,}."
     elif idle is not None:
         words += f" All {idle[1]} experts are in use."
     return words
@@ -91,9 +91,8 @@ def _tiles(run: RunData, bottom: Verdict) -> list[str]:
         tiles.append(tile("Imbalance", violation, "busiest expert over the mean load"))
     total, active = (number(get(run.info, "parameters", key)) for key in ("total", "active"))
     if total is not None:
-        detail = "active for a token" if active is not None and active != total else "all active for a token"
-        value = compact(total) if active in (None, total) else f"{compact(active)} / {compact(total)}"
-        tiles.append(tile("Parameters", value, detail if active in (None, total) else "active for a token / total"))
+        detail = "all active for a token" if active in (None, total) else f"{compact(active)} active for a token"
+        tiles.append(tile("Parameters", compact(total), detail))
     return tiles
 
 

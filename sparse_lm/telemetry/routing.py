@@ -11,7 +11,6 @@ from sparse_lm.telemetry.axes import Axis
 from sparse_lm.telemetry.bars import Histogram, bar_chart, histogram, histogram_grid
 from sparse_lm.telemetry.colors import ColorScale, depth_color
 from sparse_lm.telemetry.figures import MARKED, POINTS, Figure, raw_and_smooth, step_axis
-from sparse_lm.telemetry.format import compact
 from sparse_lm.telemetry.rundata import RunData, get, number, resample, thin
 from sparse_lm.telemetry.svg import Reference, Series, heat_map, line_chart
 
@@ -112,7 +111,7 @@ def drops_by_position(run: RunData) -> Figure | None:
     tail = 100 * np.nan_to_num(values[-count:]).mean(axis=0)
     x = Axis("position in the routing group (share of its length)", low=0.0, high=1.0)
     svg = bar_chart(tail.tolist(), x, Axis("% of assignments"), "Dropped assignments by position in the group")
-    since = f"Mean over steps {steps[-count]:,} to {steps[-1]:,}. "
+    since = f"Mean over steps {steps[-count]:,} to {steps[-1]:,}. " if count > 1 else f"At step {steps[-1]:,}. "
     caption = since + "A rise to the right means that early tokens take the places."
     return Figure("Drops by position", caption, svg)
 
@@ -144,7 +143,7 @@ def gates(run: RunData) -> Figure | None:
     cells: list[list[Histogram]] = [
         [histogram(np.nan_to_num(counts[record, layer]).tolist()) for record in records] for layer in layers
     ]
-    columns = [f"step {compact(steps[record], 4)}" for record in records]
+    columns = [f"step {steps[record]:,}" for record in records]
     x = Axis("gate value", low=0.0, high=1.0)
     svg = histogram_grid(cells, [f"layer {i + 1}" for i in layers], columns, x, "Gate values by layer and step")
     return Figure("Gate values", "How much the chosen experts count in a token's output: 1 is alone and in full.", svg)

@@ -152,15 +152,16 @@ def verdict(run: RunData) -> Verdict:
 def smooth(values: Sequence[float | None], half_width: int) -> list[float | None]:
     """Centred running means over up to `half_width` values on either side, None left out of them and kept as None.
 
-    Near an end the window shrinks on both sides alike: a falling curve is neither delayed nor bent there.
+    Near the start the window shrinks on both sides alike, so that a loss that falls steeply there is not bent. At the
+    end only the side that is missing goes: the last means are calm, and lag a little.
     """
     numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
     there = np.isfinite(numbers)
     sums = np.concatenate([[0.0], np.cumsum(np.where(there, numbers, 0.0))])
     counts = np.concatenate([[0], np.cumsum(there)])
     index = np.arange(len(numbers))
-    half = np.minimum(half_width, np.minimum(index, len(numbers) - 1 - index))
-    left, right = index - half, index + half + 1
+    half = np.minimum(half_width, index)
+    left, right = index - half, index + np.minimum(half, len(numbers) - 1 - index) + 1
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (sums[right] - sums[left]) / (counts[right] - counts[left])
     return [float(mean) if ok else None for mean, ok in zip(means, there, strict=True)]

@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 
 from sparse_lm.telemetry.axes import Axis, Scale, make_scale, tick_labels, ticks_of
-from sparse_lm.telemetry.colors import ColorScale, data_uri, png
+from sparse_lm.telemetry.colors import MISSING_LEVEL, ColorScale, data_uri, png
 
 INK, MUTED, GRID = "#222222", "#5a5a5a", "#e4e4e4"
 CHAR = 6.3  # generous mean width of a character at font size 11, in pixels
@@ -55,8 +55,8 @@ class Reference:
 class Size:
     """Width and height of a chart in the units of its viewBox; text is 11 units high."""
 
-    width: int = 540
-    height: int = 270
+    width: int = 480
+    height: int = 260
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ def line_chart(
     size: Size = Size(),
 ) -> str:
     """Lines over a common x axis, with a legend when there is more than one thing to name."""
-    names = [(s.name, s.color, s.dash) for s in series if s.legend]
-    names += [(r.name, INK, "5 4") for r in references]
+    names = [(s.name, s.color, 'stroke-opacity="0.28"' if s.faint else _dash(s.dash)) for s in series if s.legend]
+    names += [(r.name, INK, _dash("5 4")) for r in references]
     legend, legend_height = _legend(names, size.width) if len(names) > 1 or references else ("", 0)
     solid = [v for s in series if not s.faint for v in s.y] + [r.value for r in references]
     values = solid + [v for s in series if s.faint for v in _bulk(s.y)]
@@ -136,10 +136,9 @@ def _line(series: Series, x_scale: Scale, y_scale: Scale) -> str:
     if not points:
         return ""
     look = 'stroke-opacity="0.28" stroke-width="1"' if series.faint else 'stroke-width="1.8"'
-    dash = f' stroke-dasharray="{series.dash}"' if series.dash else ""
     path = (
         f'<path class="series" data-name="{escape(series.name)}" d="{"".join(commands)}" fill="none" '
-        f'stroke="{series.color}" {look}{dash} stroke-linejoin="round" stroke-linecap="round"/>'
+        f'stroke="{series.color}" {look} {_dash(series.dash)} stroke-linejoin="round" stroke-linecap="round"/>'
     )
     if not series.markers:
         return path
@@ -170,19 +169,22 @@ def _data(kind: str, frame: Frame, x: Scale, y: Scale) -> str:
     return f' data-kind="{kind}" data-plot="{plot}" data-x="{ends[0]}" data-y="{ends[1]}"'
 
 
-def _legend(names: Sequence[tuple[str, str, str | None]], width: float) -> tuple[str, float]:
-    """Names with their strokes, wrapped into rows; returns the elements and their height."""
+def _dash(pattern: str | None) -> str:
+    return f'stroke-dasharray="{pattern}"' if pattern else ""
+
+
+def _legend(names: Sequence[tuple[str, str, str]], width: float) -> tuple[str, float]:
+    """(name, colour, stroke attributes) in rows that wrap; returns the elements and their height."""
     x, row, parts = 2.0, 0, []
-    for name, color, dash in names:
+    for name, color, look in names:
         shown = name if len(name) <= 40 else name[:39] + "…"
         needed = 22 + CHAR * len(shown) + 16
         if x > 2 and x + needed > width:
             x, row = 2.0, row + 1
         y = 11 + _LINE * row
-        pattern = f' stroke-dasharray="{dash}"' if dash else ""
         parts.append(
             f'<line x1="{num(x)}" x2="{num(x + 16)}" y1="{y - 4}" y2="{y - 4}" stroke="{color}" '
-            f'stroke-width="2.4"{pattern}/>' + text(x + 22, y, shown, fill=INK)
+            f'stroke-width="2.4" {look}/>' + text(x + 22, y, shown, fill=INK)
         )
         x += needed
     return "".join(parts), _LINE * (row + 1) + 4
@@ -254,16 +256,13 @@ def heat_map(
 
 def color_legend(colors: ColorScale, label: str, size: Size = Size(360, 46)) -> str:
     """The colours of a scale with their ratios: the ends and 1 are always named."""
-    left, right, steps = 8.0, size.width - 20.0, 64
-    width = (right - left) / steps
-    body = [text(left, 11, label, fill=INK)]
-    for i in range(steps):
-        ratio = colors.most ** (2 * (i + 0.5) / steps - 1)
-        # Half a pixel of overlap hides the seams that anti-aliasing would show between neighbours.
-        body.append(
-            f'<rect x="{num(left + i * width)}" y="17" width="{num(width + 0.5)}" height="11" '
-            f'fill="{colors.color(ratio)}"/>'
-        )
+    left, right = 8.0, size.width - 20.0
+    strip = data_uri(png(np.arange(MISSING_LEVEL, dtype=np.uint8)[None], colors.palette()))
+    body = [
+        text(left, 11, label, fill=INK),
+        f'<image x="{num(left)}" y="17" width="{num(right - left)}" height="11" preserveAspectRatio="none" '
+        f'href="{strip}"/>',
+    ]
     for ratio in (1 / colors.most, colors.most**-0.5, 1.0, colors.most**0.5, colors.most):
         sign = "≤ " if ratio == 1 / colors.most else "≥ " if ratio == colors.most else ""
         anchor = "start" if sign == "≤ " else "end" if sign else "middle"

@@ -44,11 +44,15 @@ class TopK(RouterConfig):
         """Refuses gates that are constantly 1: the loss of the task would never reach the router."""
         if shape.top_k == 1 and self.gate == "softmax_after":
             raise ConfigError(
-                "gate", self.gate, "with top_k=1 this gate is always 1 and the router learns nothing; use softmax_before"
+                "gate",
+                self.gate,
+                "with top_k=1 this gate is always 1 and the router learns nothing; use softmax_before",
             )
         if shape.top_k == 1 and self.renormalise != "none":
             raise ConfigError(
-                "renormalise", self.renormalise, "with top_k=1 the gate becomes 1 and the router learns nothing; use none"
+                "renormalise",
+                self.renormalise,
+                "with top_k=1 the gate becomes 1 and the router learns nothing; use none",
             )
         if self.second_expert != "all" and shape.top_k == 1:
             raise ConfigError("second_expert", self.second_expert, "there is no second expert with top_k=1; use all")

@@ -1,0 +1,115 @@
+"""The root of the configuration, and the checks that need more than one part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.data.config import DataConfig
+from sparse_lm.models.config import ModelConfig
+from sparse_lm.optim.config import OptimConfig
+from sparse_lm.sharding import BATCH_AXES, MESH_AXES, mesh_shape
+from sparse_lm.train.config import CheckpointConfig, MeshConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Config):
+    """One training run.
+
+    seed: of the weights, the order of the data, and all noise. data_seed: of the order of the data alone; None is seed.
+    """
+
+    seed: int = option(0, ge=0)
+    data_seed: int | None = option(None, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what can be known before the devices are."""
+        moe, length = self.model.moe, self.data.length
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(
+                "optim.warmup_steps", self.optim.warmup_steps, f"is more than train.steps={self.train.steps}"
+            )
+        max_length = self.model.max_length
+        if self.model.position == "learned" and max_length is not None and max_length < length:
+            raise ConfigError("model.max_length", max_length, f"must be at least data.length={length}")
+        if moe is None:
+            return
+        if not moe.causal and not moe.allow_non_causal:
+            raise ConfigError(
+                "model.moe.priority",
+                moe.priority,
+                "lets later tokens decide who is dropped, which is not causal; use first_choice or token, or accept "
+                "it with model.moe.allow_non_causal=True",
+            )
+        size = moe.group_size or length
+        if length % size and size % length:
+            raise ConfigError(
+                "model.moe.group_size", size, f"must divide data.length={length} or be a multiple of it; None is a row"
+            )
+
+    def mesh_sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of every mesh axis on this many devices.
+
+        Raises `ConfigError` when the mesh does not fit the devices, or the batch or the model do not fit the mesh.
+        """
+        try:
+            shape = mesh_shape(dataclasses.asdict(self.mesh), num_devices)
+        except ValueError as error:
+            raise ConfigError("mesh", dataclasses.asdict(self.mesh), str(error)) from None
+        sizes = dict(zip(MESH_AXES, shape, strict=True))
+        self._check_batch(math.prod(sizes[axis] for axis in BATCH_AXES))
+        model, moe = self.model, self.model.moe
+        cuts = [
+            ("model.d_model", model.d_model, "fsdp"),
+            ("model.num_heads", model.num_heads, "model"),
+            ("model.num_kv_heads", model.kv_heads, "model"),
+            ("model.d_ff", model.d_ff, "model"),
+        ]
+        if model.vocab_size is not None:
+            cuts.append(("model.vocab_size", model.vocab_size, "model"))
+        if moe is not None:
+            cuts += [
+                ("model.moe.num_experts", moe.num_experts, "expert"),
+                ("model.moe.d_expert", model.d_expert, "model"),
+            ]
+        for key, value, axis in cuts:
+            if value % sizes[axis]:
+                raise ConfigError(key, value, f"must be a multiple of mesh.{axis}={sizes[axis]}, or change the mesh")
+        return sizes
+
+    def _check_batch(self, shards: int) -> None:
+        microbatch = self.train.batch_size // self.train.accumulate
+        if microbatch % shards:
+            raise ConfigError(
+                "train.batch_size",
+                self.train.batch_size,
+                f"gives microbatches of {microbatch} sequences, which the {shards} devices along "
+                f"{'/'.join(BATCH_AXES)} cannot share; choose a multiple of {shards * self.train.accumulate}",
+            )
+        moe = self.model.moe
+        size = (moe.group_size if moe else None) or self.data.length
+        tokens = microbatch * self.data.length
+        if tokens % size or tokens // size % shards:
+            raise ConfigError(
+                "model.moe.group_size",
+                size,
+                f"makes {tokens / size:g} groups of a microbatch of {tokens} tokens, which {shards} devices cannot share",
+            )
+
+
+def resolved(experiment: Experiment, vocab_size: int) -> Experiment:
+    """The experiment with what only the data know filled in. Raises `ConfigError` when the vocabulary is too small."""
+    model = experiment.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise ConfigError("model.vocab_size", model.vocab_size, f"the data have {vocab_size} tokens; leave it out")
+    model = model.replace(
+        vocab_size=model.vocab_size or vocab_size, max_length=model.max_length or experiment.data.length
+    )
+    return experiment.replace(model=model)

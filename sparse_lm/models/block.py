@@ -1,0 +1,73 @@
+"""One Transformer layer: attention and a feed-forward part that is dense or sparse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparse_lm.models.config import ModelConfig
+from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.types import LayerStats
+from sparse_lm.nn.attention import Attention, KeyValues
+from sparse_lm.nn.dropout import split_keys
+from sparse_lm.nn.mlp import Mlp
+from sparse_lm.nn.norm import Norm
+from sparse_lm.sharding import Rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of a forward pass sees beside the activations.
+
+    positions_BL, mask_BLT: see `Attention`. real_BL: False is padding. start: index in the cache of the first token,
+    or None without a cache.
+    """
+
+    positions_BL: Int[Array, "B L"]
+    mask_BLT: Bool[Array, "B L T"]
+    real_BL: Bool[Array, "B L"]
+    start: jax.Array | None = None
+
+
+class Block(nnx.Module):
+    """x + attention, then x + feed-forward, normalised before (`pre`) or after (`post`)."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, sparse: bool, rules: Rules):
+        attention, feed_forward = jax.random.split(key)
+        self.config = config
+        heads = (config.num_heads, config.kv_heads, config.width)
+        rope_base = config.rope_base if config.position == "rope" else None
+        self.attention = Attention(attention, config.d_model, heads, rules, rope_base, config.dropout)
+        if sparse:
+            assert config.moe is not None
+            self.feed_forward: MoE | Mlp = MoE(
+                feed_forward, config.d_model, config.d_expert, config.activation, config.moe, rules
+            )
+        else:
+            self.feed_forward = Mlp(feed_forward, config.d_model, config.d_ff, config.activation, rules, config.dropout)
+        self.attention_norm = Norm(config.norm, config.d_model, rules)
+        self.feed_forward_norm = Norm(config.norm, config.d_model, rules)
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], context: Context, key: jax.Array | None, cache: KeyValues | None = None
+    ) -> tuple[Float[Array, "B L D"], LayerStats | None, KeyValues | None]:
+        """The layer's output, its routing statistics (None when dense) and its cache with this pass in it."""
+        pre = self.config.norm_position == "pre"
+        attention_key, feed_forward_key = split_keys(key, 2)
+        stored = None if cache is None else (cache, context.start)
+
+        inputs = self.attention_norm(x_BLD) if pre else x_BLD
+        y_BLD, cache = self.attention(inputs, context.positions_BL, context.mask_BLT, attention_key, stored)
+        x_BLD = x_BLD + y_BLD if pre else self.attention_norm(x_BLD + y_BLD)
+
+        inputs = self.feed_forward_norm(x_BLD) if pre else x_BLD
+        stats = None
+        if isinstance(self.feed_forward, MoE):
+            y_BLD, stats = self.feed_forward(inputs, context.real_BL, feed_forward_key)
+        else:
+            y_BLD = self.feed_forward(inputs, feed_forward_key)
+        return (x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)), stats, cache

@@ -1,0 +1,86 @@
+"""Configuration of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.moe.config import MoEConfig
+from sparse_lm.nn.mlp import Activation
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Config):
+    """A decoder-only Transformer.
+
+    vocab_size: None is the vocabulary of the data. num_kv_heads: None is num_heads. head_dim: None is
+    d_model / num_heads. max_length: rows of the learned position table; None is the length of the data.
+    norm_position: `pre` normalises the input of a sublayer, `post` the sum after it. dtype: of activations and matrix
+    products; parameters, norms, softmax, router and loss are float32. scan_layers: compile one layer and loop over it.
+    remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), or `dots` (all but the
+    results of matrix products). moe: None is a dense model.
+    """
+
+    vocab_size: int | None = option(None, ge=2)
+    num_layers: int = option(4, ge=1)
+    d_model: int = option(128, ge=2)
+    num_heads: int = option(4, ge=1)
+    num_kv_heads: int | None = option(None, ge=1)
+    head_dim: int | None = option(None, ge=2)
+    d_ff: int = option(512, ge=1)
+    max_length: int | None = option(None, ge=1)
+    activation: Activation = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    rope_base: float = option(10_000.0, gt=1)
+    tie_embeddings: bool = True
+    dropout: float = option(0.0, ge=0, lt=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots"] = "none"
+    moe: MoEConfig | None = None
+
+    def check(self) -> None:
+        """Raises `ConfigError` when the shapes do not fit together."""
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ConfigError("num_heads", self.num_heads, f"must divide d_model={self.d_model}, or set head_dim")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
+        if self.position == "rope" and self.width % 2:
+            raise ConfigError("head_dim", self.width, "rope rotates pairs: choose an even width, or another position")
+        if self.position == "sinusoidal" and self.d_model % 2:
+            raise ConfigError("d_model", self.d_model, "sinusoidal positions need an even width")
+        if self.moe is not None and not any(self.sparse):
+            raise ConfigError(
+                "moe.every",
+                self.moe.every,
+                f"no layer of {self.num_layers} is sparse with first_dense={self.moe.first_dense}; set moe=None for dense",
+            )
+        if self.moe is not None and self.d_expert < 1:
+            raise ConfigError("moe.top_k", self.moe.top_k, f"is more than d_ff={self.d_ff}; set moe.d_expert")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def d_expert(self) -> int:
+        """Hidden width of an expert."""
+        assert self.moe is not None
+        return self.moe.d_expert or self.d_ff // self.moe.top_k
+
+    @property
+    def sparse(self) -> tuple[bool, ...]:
+        """For each layer, whether its feed-forward part is a mixture of experts."""
+        if self.moe is None:
+            return (False,) * self.num_layers
+        first, every = self.moe.first_dense, self.moe.every
+        return tuple(i >= first and (i - first + 1) % every == 0 for i in range(self.num_layers))

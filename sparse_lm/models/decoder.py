@@ -1,0 +1,100 @@
+"""The decoder-only language model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparse_lm.models.block import Context
+from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.stack import Cache, Stack
+from sparse_lm.moe.types import LayerStats
+from sparse_lm.nn.attention import KeyValues, causal_mask
+from sparse_lm.nn.dropout import dropout, split_keys
+from sparse_lm.nn.embed import Embedding
+from sparse_lm.nn.norm import Norm
+from sparse_lm.nn.position import LearnedPositions, sinusoidal
+from sparse_lm.sharding import Rules
+
+
+class Decoder(nnx.Module):
+    """Tokens in, logits of the next token out."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, rules: Rules):
+        """config: with `vocab_size` set, and `max_length` for learned positions."""
+        embed, unembed, positions, stack = jax.random.split(key, 4)
+        assert config.vocab_size is not None
+        self.config, self.rules = config, rules
+        self.embedding = Embedding(embed, config.vocab_size, config.d_model, rules)
+        tied = config.tie_embeddings
+        self.unembedding = None if tied else Embedding(unembed, config.vocab_size, config.d_model, rules)
+        self.positions = None
+        if config.position == "learned":
+            assert config.max_length is not None
+            self.positions = LearnedPositions(positions, config.max_length, config.d_model, rules)
+        self.stack = Stack(stack, config, rules)
+        self.norm = Norm(config.norm, config.d_model, rules) if config.norm_position == "pre" else None
+
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segments_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B L V"], LayerStats | None]:
+        """Float32 logits and the routing statistics, stacked over the sparse layers (None in a dense model).
+
+        segments_BL, positions_BL: see `Batch`. key: None is evaluation.
+        """
+        context = Context(positions_BL, causal_mask(segments_BL, segments_BL), segments_BL > 0)
+        logits_BLV, stats, _ = self._forward(tokens_BL, context, key, None)
+        return logits_BLV, stats
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` tokens of `batch` sequences, in the compute dtype."""
+        shape = (batch, length, self.config.kv_heads, self.config.width)
+
+        def room(repeats):
+            zeros = jnp.zeros((repeats, *shape), self.config.dtype)
+            return KeyValues(*(self.rules.constrain(zeros, "NBTJI") for _ in range(2)))
+
+        return tuple(tuple(room(repeats) for _ in pattern) for repeats, pattern in self.stack.plan)
+
+    def extend(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segments_BT: Int[Array, "B T"],
+        positions_BL: Int[Array, "B L"],
+        start: Int[Array, ""],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B L V"], Cache]:
+        """Logits of L tokens that continue the cache at index `start`, and the cache with them in it.
+
+        segments_BT: segment of every place of the cache, those of the new tokens included; 0 is padding.
+        """
+        segments_BL = jax.lax.dynamic_slice_in_dim(segments_BT, start, tokens_BL.shape[1], axis=1)
+        context = Context(positions_BL, causal_mask(segments_BL, segments_BT, start), segments_BL > 0, start)
+        logits_BLV, _, cache = self._forward(tokens_BL, context, None, cache)
+        assert cache is not None
+        return logits_BLV, cache
+
+    def _forward(self, tokens_BL, context, key, cache):
+        embed_key, stack_key = split_keys(key, 2)
+        dtype = jnp.dtype(self.config.dtype)
+        x_BLD = self.embedding.encode(tokens_BL, dtype)
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions(context.positions_BL, dtype)
+        elif self.config.position == "sinusoidal":
+            x_BLD = x_BLD + sinusoidal(context.positions_BL, self.config.d_model).astype(dtype)
+        x_BLD = dropout(x_BLD, self.config.dropout, embed_key)
+        x_BLD, stats, cache = self.stack(x_BLD, context, stack_key, cache)
+        if self.norm is not None:
+            x_BLD = self.norm(x_BLD)
+        return (self.unembedding or self.embedding).decode(x_BLD), stats, cache
+
+
+def build_decoder(key: jax.Array, config: ModelConfig, rules: Rules) -> Decoder:
+    """A decoder with fresh weights, each made where the rules put it. Compiled as one program."""
+    return jax.jit(lambda key: rules.shard_parameters(Decoder(key, config, rules)))(key)

@@ -1,0 +1,102 @@
+"""Next-token prediction with the router losses beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparse_lm.batch import Batch
+from sparse_lm.moe.balance import load_balance, z_loss
+from sparse_lm.moe.config import BalanceConfig
+from sparse_lm.moe.types import LayerStats, pytree_dataclass
+
+Apply = Callable[..., tuple[jax.Array, LayerStats | None]]
+
+
+@pytree_dataclass
+class Totals:
+    """What sums are divided by, and loads of the whole batch: known before the first microbatch's gradient.
+
+    targets: predicted tokens. tokens: real tokens that are routed. load_NE: see `moe.balance.load_balance`, or None.
+    """
+
+    targets: Float[Array, ""]
+    tokens: Float[Array, ""]
+    load_NE: Int[Array, "N E"] | None = None
+
+
+@pytree_dataclass
+class LossParts:
+    """Sums that add up over microbatches, except the losses, which are this microbatch's shares of the batch's.
+
+    loss: cross-entropy in nats per target. load_balance_N, z_N: per sparse layer, unweighted (size 0 when dense).
+    domain_loss, domain_targets: summed nats and number of targets per domain of the data.
+    stats: routing statistics, summed over units; None in a dense model.
+    """
+
+    loss: Float[Array, ""]
+    load_balance_N: Float[Array, "N"]
+    z_N: Float[Array, "N"]
+    domain_loss: Float[Array, "domains"]
+    domain_targets: Float[Array, "domains"]
+    stats: LayerStats | None
+
+
+def count(batch: Batch) -> Totals:
+    """The totals of a batch."""
+    return Totals(
+        jnp.sum(predicted(batch)).astype(jnp.float32), jnp.sum(batch.segments_BL[:, :-1] > 0).astype(jnp.float32)
+    )
+
+
+def predicted(batch: Batch) -> Int[Array, "B L"]:
+    """1 where the token after counts in the loss: marked as a target, real, and of the same document."""
+    segments = batch.segments_BL
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return batch.targets_BL[:, 1:] * same
+
+
+def token_losses(logits_BLV: Float[Array, "B L V"], labels_BL: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """-log softmax(logits)[label] in nats, also when V is cut over devices: no gather along V."""
+    picked = jnp.where(jnp.arange(logits_BLV.shape[-1]) == labels_BL[..., None], logits_BLV, 0.0)
+    return jax.nn.logsumexp(logits_BLV, axis=-1) - jnp.sum(picked, axis=-1)
+
+
+def causal_loss(
+    apply: Apply, batch: Batch, key: jax.Array | None, totals: Totals, balance: BalanceConfig | None, num_domains: int
+) -> tuple[Float[Array, ""], LossParts]:
+    """This microbatch's share of the loss of the batch, and its parts.
+
+    apply: (tokens, segments, positions, key) -> (logits, statistics). balance: None in a dense model.
+    The loss is cross-entropy + sum over layers of (balance.load * load balance + balance.z * z).
+    """
+    logits_BLV, stats = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
+    weight_BL = predicted(batch).astype(jnp.float32)
+    nats_BL = token_losses(logits_BLV, batch.tokens_BL[:, 1:]) * weight_BL
+    domain_BLM = batch.domains_BL[:, 1:, None] == jnp.arange(num_domains)
+    loss = jnp.sum(nats_BL) / jnp.maximum(totals.targets, 1)
+    balance_N = z_N = jnp.zeros((0,), jnp.float32)
+    total = loss
+    if stats is not None and balance is not None:
+        router = stats.router
+        if balance.scope == "global":
+            load_NE = jnp.sum(router.load_UE, axis=1) if totals.load_NE is None else totals.load_NE
+            balance_N = load_balance(router, totals.tokens, load_NE)
+        else:
+            balance_N = load_balance(router, totals.tokens)
+        z_N = z_loss(router, totals.tokens)
+        total = loss + balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N)
+        summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
+        stats = LayerStats(type(router)(**summed), stats.dispatch)
+    parts = LossParts(
+        loss=loss,
+        load_balance_N=balance_N,
+        z_N=z_N,
+        domain_loss=jnp.sum(nats_BL[..., None] * domain_BLM, axis=(0, 1)),
+        domain_targets=jnp.sum(weight_BL[..., None] * domain_BLM, axis=(0, 1)),
+        stats=stats,
+    )
+    return total, parts

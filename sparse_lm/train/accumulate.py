@@ -1,0 +1,77 @@
+"""Loss and gradients of a whole batch from microbatches, exactly: a step does not depend on how it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparse_lm.batch import Batch
+from sparse_lm.models.decoder import Decoder
+from sparse_lm.moe.config import BalanceConfig
+from sparse_lm.objectives.causal import LossParts, Totals, causal_loss, count
+from sparse_lm.sharding import Rules
+
+
+def microbatches(batch: Batch, number: int, rules: Rules) -> Batch:
+    """[B, L] -> [number, B / number, L]: microbatch m has the rows m, m + number, ...; no row changes its device."""
+
+    def cut(x):
+        rows, length = x.shape
+        return jnp.swapaxes(rules.reshape(x, (rows // number, number, length), "B.L"), 0, 1)
+
+    return jax.tree.map(cut, batch)
+
+
+def loss_and_gradients(
+    model: Decoder, batch: Batch, key: jax.Array, number: int, num_domains: int
+) -> tuple[jax.Array, LossParts, Any]:
+    """The loss of the batch, its parts, and the gradients (a `State` of the parameters), from `number` microbatches.
+
+    Sums are divided by the batch's totals, which are counted first, so that the shares of the microbatches add up to
+    the loss of the batch whatever their sizes. With the global scope the load-balance loss multiplies the loads of the
+    whole batch with probabilities; loads need a forward pass, so with more than one microbatch there is one more of
+    them, without gradients. (A running count would be cheaper and would make the loss depend on the cut.)
+    """
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    moe = model.config.moe
+    balance = moe.balance if moe else None
+    totals = count(batch)
+
+    def loss(parameters, batch, key, totals):
+        return causal_loss(nnx.merge(graph, parameters, rest), batch, key, totals, balance, num_domains)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if number == 1:
+        (total, parts), gradients = value_and_grad(parameters, batch, key, totals)
+        return total, parts, gradients
+    inputs = (microbatches(batch, number, model.rules), jax.random.split(key, number))
+    if balance is not None and balance.scope == "global" and balance.load > 0:
+        totals = Totals(totals.targets, totals.tokens, _loads(loss, parameters, inputs, totals))
+    return _summed(lambda batch, key: value_and_grad(parameters, batch, key, totals), inputs)
+
+
+def _loads(loss: Callable, parameters: Any, inputs: Any, totals: Totals) -> jax.Array:
+    """Assignments per layer and expert of the whole batch. What this pass computes beyond routing is not used."""
+
+    def body(_, inputs):
+        stats = loss(parameters, *inputs, totals)[1].stats
+        return None, jnp.sum(stats.router.load_UE, axis=1)
+
+    return jnp.sum(jax.lax.scan(body, None, inputs)[1], axis=0)
+
+
+def _summed(function: Callable, inputs: Any) -> tuple[jax.Array, LossParts, Any]:
+    """The sum of ((total, parts), gradients) over the leading axis of the inputs; one microbatch in memory at a time."""
+    first = jax.tree.map(lambda x: x[0], inputs)
+    shapes = jax.eval_shape(function, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+
+    def body(carry, inputs):
+        return jax.tree.map(jnp.add, carry, function(*inputs)), None
+
+    ((total, parts), gradients), _ = jax.lax.scan(body, zeros, inputs)
+    return total, parts, gradients

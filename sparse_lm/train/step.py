@@ -1,0 +1,66 @@
+"""The train step: one compiled program from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparse_lm.batch import Batch
+from sparse_lm.moe.types import pytree_dataclass
+from sparse_lm.objectives.causal import LossParts
+from sparse_lm.optim.build import apply
+from sparse_lm.train.accumulate import loss_and_gradients
+from sparse_lm.train.state import TrainState
+
+Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, "StepMetrics"]]
+
+
+@pytree_dataclass
+class StepMetrics:
+    """What a step reports, still on the devices.
+
+    total: cross-entropy and router losses as they were minimised. finite: False when the step changed nothing.
+    nonfinite, nonfinite_in_a_row: see `TrainState`. gradient_norm: before clipping.
+    """
+
+    total: Float[Array, ""]
+    parts: LossParts
+    gradient_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+    nonfinite: Int[Array, ""]
+    nonfinite_in_a_row: Int[Array, ""]
+
+
+def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, num_domains: int) -> Step:
+    """The step, compiled on its first call; the state is donated.
+
+    The noise of a step (dropout, jitter) comes from the key and the step's number. A step whose loss or gradient is
+    not finite leaves model and optimizer as they were, and is counted.
+    """
+
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(key, state.step)
+        total, parts, gradients = loss_and_gradients(state.model, batch, key, accumulate, num_domains)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        graph, parameters, rest = nnx.split(state.model, nnx.Param, ...)
+        updated, optimizer_state = apply(optimizer, gradients, state.optimizer, parameters)
+        rules = state.model.rules
+
+        def keep(new, old):
+            return jnp.where(finite, new, old)
+
+        parameters = jax.tree.map(keep, rules.shard_parameters(updated), parameters)
+        optimizer_state = jax.tree.map(keep, rules.shard_parameters(optimizer_state), state.optimizer)
+        skipped = 1 - finite.astype(jnp.int32)
+        nonfinite, in_a_row = state.nonfinite + skipped, (state.nonfinite_in_a_row + 1) * skipped
+        model = nnx.merge(graph, parameters, rest)
+        new = TrainState(state.step + 1, model, optimizer_state, nonfinite, in_a_row)
+        return new, StepMetrics(total, parts, norm, finite, nonfinite, in_a_row)
+
+    return jax.jit(step, donate_argnums=0)
