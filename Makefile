@@ -55,7 +55,7 @@ distclean: clean  ## remove the environment as well
 
 # The stamps are renewed when the metadata changes; editable, so that a change of the sources needs no installation.
 $(VENV)/.installed: setup.py pyproject.toml | $(VENV)/.created
-	@echo "Installing sparse_lm into $(VENV) (about 1 GB with its dependencies; some minutes the first time) ..."
+	@echo "Installing sparse_lm into $(VENV) (some 0.8 GB with its dependencies; some minutes the first time) ..."
 	$(PIP_INSTALL) .
 	@touch $@
 

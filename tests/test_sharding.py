@@ -1,0 +1,289 @@
+"""The table of sharding rules, meshes, and what a weight and its gradient look like on eight devices and on none."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparse_lm import sharding
+from sparse_lm.dims import LETTERS
+from sparse_lm.sharding import BATCH_AXES, DEFAULT, MESH_AXES, Rules, letters_of, make_mesh, mesh_shape, put
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"expert": 8},
+    {"model": 8},
+    {"data": 2, "fsdp": 2, "model": 2},
+    {"fsdp": 2, "expert": 2, "model": 2},
+]
+each_mesh = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{v}" for k, v in sizes.items()))
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("kind", "letters", "expected"),
+    [
+        ("act", "BLD", P(BATCH_AXES, None, None)),
+        ("act", "BLHI", P(BATCH_AXES, None, "model", None)),
+        ("act", "GSV", P(BATCH_AXES, None, "model")),
+        ("act", ".D", P(None, None)),
+        ("act", "", P()),
+        ("param", "DF", P("fsdp", "model")),
+        ("param", "NEDF", P(None, "expert", "fsdp", "model")),
+        ("param", "D", P("fsdp")),
+        ("param", ".D", P(None, "fsdp")),
+        ("gathered", "NEDF", P(None, "expert", None, "model")),
+        ("gathered", "DF", P(None, "model")),
+    ],
+)
+def test_default_rules(kind, letters, expected):
+    assert getattr(DEFAULT, kind)(letters) == expected
+
+
+def test_gathered_keeps_the_other_half_of_a_double_cut():
+    rules = Rules(activations=(), parameters=(("D", ("fsdp", "model")), ("F", ("data", "expert")), ("V", None)))
+    assert rules.param("DF") == P(("fsdp", "model"), ("data", "expert"))
+    assert rules.gathered("DF") == P("model", ("data", "expert"))
+    assert rules.param("VB") == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"activations": (("X", "data"),)}, "sharding rule for unknown axis 'X'; known: B, L"),
+        ({"parameters": (("x", "data"),)}, "unknown axis 'x'"),
+        ({"activations": (("B", "batch"),)}, r"'B' -> unknown mesh axis 'batch'; known: \('data', 'fsdp'"),
+        ({"parameters": (("D", ("fsdp", "nodes")),)}, "'D' -> unknown mesh axis 'nodes'"),
+    ],
+)
+def test_rules_refuse_unknown_names(rules, message):
+    with pytest.raises(ValueError, match=message):
+        Rules(**{"activations": (), "parameters": (), **rules})
+
+
+@pytest.mark.parametrize("kind", ["act", "param", "gathered"])
+def test_specs_refuse_unknown_letters(kind):
+    with pytest.raises(ValueError, match=r"unknown axis 'x' in 'BxD'; known: B, .* and '\.'"):
+        getattr(DEFAULT, kind)("BxD")
+
+
+@pytest.mark.parametrize(
+    ("kind", "letters", "axis"), [("act", "FV", "model"), ("param", "HDF", "model"), ("act", "BG", "data")]
+)
+def test_specs_refuse_a_mesh_axis_used_twice(kind, letters, axis):
+    with pytest.raises(
+        ValueError, match=rf"'{letters}' would use mesh axis .*'{axis}'.* twice; change the rules table"
+    ):
+        getattr(DEFAULT, kind)(letters)
+
+
+# Meshes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "expected"),
+    [
+        ({}, 1, (1, 1, 1, 1)),
+        ({"data": 8}, 8, (8, 1, 1, 1)),
+        ({"data": -1}, 8, (8, 1, 1, 1)),
+        ({"model": -1, "data": 2}, 8, (2, 1, 1, 4)),
+        ({"data": -1, "fsdp": 2, "expert": 2, "model": 2}, 8, (1, 2, 2, 2)),
+        ({"expert": 3, "fsdp": -1}, 6, (1, 2, 3, 1)),
+        ({"model": 2, "data": 4}, 8, (4, 1, 1, 2)),
+    ],
+)
+def test_mesh_shape(sizes, devices, expected):
+    assert mesh_shape(sizes, devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        ({"data": 0}, 8, "mesh.data=0: sizes are positive"),
+        ({"expert": -2}, 8, "mesh.expert=-2: sizes are positive"),
+        ({"data": -1, "model": -1}, 8, "mesh.model=-1: .* only one axis may be -1"),
+        ({"data": -1, "model": 3}, 8, "no whole number for mesh.data on 8 devices"),
+        ({"data": -1, "model": 16}, 8, "no whole number for mesh.data on 8 devices"),
+        ({"data": 4}, 8, "needs 4 devices and there are 8; set one axis to -1 or start with --devices=N"),
+        ({"data": 4, "expert": 4}, 8, "needs 16 devices and there are 8"),
+        ({}, 8, "needs 1 devices and there are 8"),
+    ],
+)
+def test_mesh_shape_refuses(sizes, devices, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_shape(sizes, devices)
+
+
+def test_make_mesh_is_explicit_and_takes_all_devices():
+    mesh = make_mesh({"data": 2, "model": -1})
+    assert mesh.axis_names == MESH_AXES
+    assert mesh.axis_types == (AxisType.Explicit,) * 4
+    assert mesh.devices.shape == (2, 1, 1, 4)
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_make_mesh_over_some_devices():
+    devices = jax.devices()[2:4]
+    assert set(make_mesh({"expert": 2}, devices).devices.flat) == set(devices)
+    with pytest.raises(ValueError, match="needs 8 devices and there are 2"):
+        make_mesh({"data": 8}, devices)
+
+
+def test_mesh_awareness(mesh_of):
+    assert not sharding.explicit_mesh()
+    with jax.set_mesh(mesh_of(data=2, model=4)):
+        assert sharding.explicit_mesh()
+        inside = []
+        jax.shard_map(lambda x: (inside.append(sharding.explicit_mesh()), x)[1], in_specs=P(), out_specs=P())(
+            jnp.ones(2)
+        )
+        assert inside == [False]
+    assert not sharding.explicit_mesh()
+
+
+# Weights and activations
+
+
+@each_mesh
+def test_gather_and_its_gradient(mesh_of, sizes):
+    weight, x = normal(0, 8, 16), normal(1, 8, 8)
+
+    def loss(weight):
+        used = DEFAULT.gather(weight, "DF", jnp.bfloat16)
+        assert used.dtype == jnp.bfloat16
+        if sharding.explicit_mesh():
+            assert jax.typeof(used).sharding.spec == P(None, "model")
+        return DEFAULT.einsum("BD,DF->BF", DEFAULT.constrain(x, "BD"), used.astype(jnp.float32)).sum()
+
+    expected = np.broadcast_to(np.asarray(x).sum(0)[:, None], (8, 16))
+    np.testing.assert_allclose(jax.grad(loss)(weight), expected, rtol=1e-2, atol=1e-2)
+    mesh = mesh_of(**sizes)
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(weight, NamedSharding(mesh, DEFAULT.param("DF")))
+        gradient = jax.jit(jax.grad(loss))(stored)
+        assert gradient.dtype == jnp.float32
+        assert jax.typeof(gradient).sharding.spec == P("fsdp", "model")
+        np.testing.assert_allclose(gradient, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_whole_is_on_every_device(mesh_of):
+    weight = normal(0, 8, 16)
+    np.testing.assert_array_equal(DEFAULT.whole(weight), weight)
+    with jax.set_mesh(mesh_of(fsdp=4, model=2)):
+        stored = DEFAULT.shard_parameters({"up_DF": weight})["up_DF"]
+        assert stored.addressable_shards[0].data.shape == (2, 8)
+        whole = DEFAULT.whole(stored, jnp.bfloat16)
+        assert whole.dtype == jnp.bfloat16
+        assert all(shard.data.shape == (8, 16) for shard in whole.addressable_shards)
+
+
+@each_mesh
+def test_constrain_moves_and_keeps_values(mesh_of, sizes):
+    x = normal(0, 8, 3, 8, 2)
+    assert DEFAULT.constrain(x, "BLHI") is x
+    with jax.set_mesh(mesh_of(**sizes)):
+        moved = DEFAULT.constrain(x, "BLHI")
+        assert jax.typeof(moved).sharding.spec == P(BATCH_AXES, None, "model", None)
+        np.testing.assert_array_equal(moved, x)
+        rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1))
+        assert moved.addressable_shards[0].data.shape == (rows, 3, 8 // sizes.get("model", 1), 2)
+
+
+@each_mesh
+def test_einsum_sums_over_a_cut_axis(mesh_of, sizes):
+    hidden_BF, down_FD = normal(0, 8, 16), normal(1, 16, 4)
+    expected = np.asarray(hidden_BF) @ np.asarray(down_FD)
+    np.testing.assert_allclose(DEFAULT.einsum("BF,FD->BD", hidden_BF, down_FD), expected, rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(mesh_of(**sizes)):
+        out = DEFAULT.einsum(
+            "BF,FD->BD", DEFAULT.constrain(hidden_BF, "BF"), jax.sharding.reshard(down_FD, DEFAULT.gathered("FD"))
+        )
+        assert jax.typeof(out).sharding.spec == P(BATCH_AXES, None)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reshape_and_take_rows(mesh_of):
+    x, table, rows = normal(0, 8, 6), normal(1, 10, 4), jnp.asarray([[9, 0], [3, 3]] * 4)
+
+    def check():
+        out = DEFAULT.reshape(DEFAULT.constrain(x, "BD"), (8, 3, 2), "BHI")
+        np.testing.assert_array_equal(out, np.asarray(x).reshape(8, 3, 2))
+        taken = DEFAULT.take_rows(table, DEFAULT.constrain(rows, "BL"), "BLD")
+        np.testing.assert_array_equal(taken, np.asarray(table)[np.asarray(rows)])
+        return out, taken
+
+    check()
+    with jax.set_mesh(mesh_of(data=4, expert=2)):
+        out, taken = check()
+        assert jax.typeof(out).sharding.spec == P(BATCH_AXES, "model", None)
+        assert jax.typeof(taken).sharding.spec == P(BATCH_AXES, None, None)
+
+
+def test_put_cuts_a_host_array(mesh_of):
+    x = np.arange(32).reshape(8, 4)
+    placed = put(mesh_of(data=2, fsdp=2, model=2), DEFAULT, x, "BL")
+    assert jax.typeof(placed).sharding.spec == P(BATCH_AXES, None)
+    np.testing.assert_array_equal(placed, x)
+    for shard in placed.addressable_shards:
+        assert shard.data.shape == (2, 4)
+        np.testing.assert_array_equal(shard.data, x[shard.index])
+
+
+# Trees of parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "ndim", "expected"),
+    [
+        ("up_EDF", 3, "EDF"),
+        ("up_EDF", 4, "NEDF"),
+        ("up_EDF", 2, None),
+        ("up_EDF", 5, None),
+        ("layers/0/mlp/w_gate_DF", 2, "DF"),
+        ("layers/0/up_DF/value", 2, "DF"),
+        ("scale_D", 1, "D"),
+        ("scale", 1, None),
+        ("count", 0, None),
+        ("running_mean", 1, None),
+        ("trailing_", 1, None),
+    ],
+)
+def test_letters_of(name, ndim, expected):
+    assert letters_of(name, ndim) == expected
+
+
+def test_letters_of_a_key_path():
+    ((path, leaf),) = jax.tree_util.tree_leaves_with_path({"block": [{"up_DF": np.ones((2, 3))}]})
+    assert letters_of(path, leaf.ndim) == "DF"
+
+
+def test_parameter_specs_and_shards(mesh_of):
+    tree = {"up_EDF": normal(0, 2, 8, 4), "layers": {"up_EDF": normal(1, 3, 2, 8, 4)}, "count": jnp.zeros(())}
+    assert DEFAULT.parameter_specs(tree) == {
+        "up_EDF": P("expert", "fsdp", "model"),
+        "layers": {"up_EDF": P(None, "expert", "fsdp", "model")},
+        "count": P(),
+    }
+    assert DEFAULT.shard_parameters(tree)["up_EDF"] is tree["up_EDF"]
+    with jax.set_mesh(mesh_of(fsdp=2, expert=2, model=2)):
+        cut = DEFAULT.shard_parameters(tree)
+        assert cut["up_EDF"].addressable_shards[0].data.shape == (1, 4, 2)
+        assert cut["layers"]["up_EDF"].addressable_shards[0].data.shape == (3, 1, 4, 2)
+        np.testing.assert_array_equal(cut["up_EDF"], tree["up_EDF"])
+
+
+def test_the_default_table_is_about_known_letters():
+    letters = {letter for letter, _ in (*DEFAULT.activations, *DEFAULT.parameters)}
+    assert letters <= set(LETTERS)
+    assert "S" not in letters and "C" not in letters, "sorts and cumulative sums over a group stay on one device"
