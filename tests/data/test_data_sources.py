@@ -38,12 +38,10 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "news" / "b.md.gz", b"packed")
     write(tmp_path / "news" / "deep" / "er" / "c.py", b"x = 1\n")
     write(tmp_path / "wiki" / "d.jsonl", b'{"text": "one", "id": 1}\n\n{"text": "two"}\n{"text": ""}')
-    write(tmp_path / "wiki" / "E.JSONL.GZ", b'{"text": "upper"}')
     write(tmp_path / "wiki" / "e.jsonl.gz", b'{"text": "three \\u20ac"}\n')
     write(tmp_path / "image.png", b"\x89PNG")
     write(tmp_path / ".git" / "f.txt", b"hidden")
     write(tmp_path / "news" / ".g.txt", b"hidden")
-    (tmp_path / "wiki" / "E.JSONL.GZ").unlink()  # would be one file with e.jsonl.gz where case does not count
     return tmp_path
 
 
@@ -193,9 +191,8 @@ def test_stdlib_has_three_domains_of_text(stdlib):
 
 def test_stdlib_docs_are_the_docstrings(stdlib):
     docs = {document.name: document.data.decode() for document in stdlib.documents if document.domain == "docs"}
-    assert f"json.dumps\n\n{json.dumps.__doc__.splitlines()[0]}" in docs["json/__init__.py"]
+    assert "json.dumps\n\nSerialize ``obj`` to a JSON" in docs["json/__init__.py"]
     assert "argparse.ArgumentParser\n\nObject for parsing" in docs["argparse.py"]
-    assert "import " not in docs["string.py"].split("\n")[0]
 
 
 def test_stdlib_limit_is_a_small_corpus_of_all_domains():
@@ -231,7 +228,15 @@ def test_domains_without_text_are_left_out(fake_python):
 
 
 def test_docstrings_by_hand(fake_python):
-    source = '''"""Top.\n\n    Indented.\n    """\nclass A:\n    """Of A."""\n    async def f(self):\n        "Of f \\ud800."\n'''
+    source = '''"""Top.
+
+    Indented.
+    """
+class A:
+    """Of A."""
+    async def f(self):
+        "Of f \\ud800."
+'''
     write(fake_python / "pkg" / "__init__.py", source.encode())
     docs = [document for document in stdlib_documents().documents if document.domain == "docs"]
     assert [(d.name, d.data) for d in docs] == [
