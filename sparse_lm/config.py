@@ -41,7 +41,7 @@ def option(
     lt: float | None = None,
     variants: Mapping[str, type] | None = None,
 ) -> Any:
-    """A dataclass field with inclusive (`ge`, `le`) or exclusive (`gt`, `lt`) bounds, or a table of variants by kind."""
+    """A dataclass field with inclusive (`ge`, `le`) or exclusive (`gt`, `lt`) bounds, or a table of kinds."""
     metadata = {"bounds": {"ge": ge, "gt": gt, "le": le, "lt": lt}, "variants": variants}
     return dataclasses.field(default=default, metadata=metadata)
 

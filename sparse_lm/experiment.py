@@ -100,7 +100,7 @@ class Experiment(Config):
             raise ConfigError(
                 "model.moe.group_size",
                 size,
-                f"makes {tokens / size:g} groups of a microbatch of {tokens} tokens, which {shards} devices cannot share",
+                f"cuts a microbatch of {tokens} tokens into {tokens / size:g} groups, not whole for {shards} devices",
             )
 
 

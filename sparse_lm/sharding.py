@@ -1,4 +1,4 @@
-"""One table that says where every logical axis lives on the device mesh, and the only place that spells a PartitionSpec.
+"""One table that says where every logical axis lives on the device mesh; nothing else spells a PartitionSpec.
 
 A mesh has four axes, each possibly of size 1:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def _as_tuple(axes: Axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
-def _spec(letters: str, table: dict[str, Axes]) -> PartitionSpec:
+def _spec(letters: str, table: Mapping[str, Axes]) -> PartitionSpec:
     seen: set[str] = set()
     entries: list[Axes] = []
     for letter in letters:

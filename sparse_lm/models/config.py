@@ -56,7 +56,7 @@ class ModelConfig(Config):
             raise ConfigError(
                 "moe.every",
                 self.moe.every,
-                f"no layer of {self.num_layers} is sparse with first_dense={self.moe.first_dense}; set moe=None for dense",
+                f"leaves no layer of {self.num_layers} sparse (first_dense={self.moe.first_dense}); moe=None is dense",
             )
         if self.moe is not None and self.d_expert < 1:
             raise ConfigError("moe.top_k", self.moe.top_k, f"is more than d_ff={self.d_ff}; set moe.d_expert")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.models.block import Context
 from sparse_lm.models.config import ModelConfig
@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
         tokens_BL: Int[Array, "B L"],
         segments_BT: Int[Array, "B T"],
         positions_BL: Int[Array, "B L"],
-        start: Int[Array, ""],
+        start: Scalar,
         cache: Cache,
     ) -> tuple[Float[Array, "B L V"], Cache]:
         """Logits of L tokens that continue the cache at index `start`, and the cache with them in it.
@@ -76,9 +76,9 @@ class Decoder(nnx.Module):
         """
         segments_BL = jax.lax.dynamic_slice_in_dim(segments_BT, start, tokens_BL.shape[1], axis=1)
         context = Context(positions_BL, causal_mask(segments_BL, segments_BT, start), segments_BL > 0, start)
-        logits_BLV, _, cache = self._forward(tokens_BL, context, None, cache)
-        assert cache is not None
-        return logits_BLV, cache
+        logits_BLV, _, extended = self._forward(tokens_BL, context, None, cache)
+        assert extended is not None
+        return logits_BLV, extended
 
     def _forward(self, tokens_BL, context, key, cache):
         embed_key, stack_key = split_keys(key, 2)

@@ -77,7 +77,8 @@ class Stack(nnx.Module):
         all_stats, all_caches = [], []
         keys = split_keys(key, len(self.plan))
         for i, (repeats, _) in enumerate(self.plan):
-            layer_keys = None if key is None else jax.random.split(keys[i], repeats)
+            layer_key = keys[i]
+            layer_keys = None if layer_key is None else jax.random.split(layer_key, repeats)
             inputs = (self.units[i], layer_keys, None if cache is None else cache[i])
             x_BLD, (stats, stored) = self._run(x_BLD, context, inputs, repeats)
             all_stats += [] if stats is None else [stats]

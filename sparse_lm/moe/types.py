@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -11,6 +12,7 @@ HISTOGRAM_BINS = 20
 POSITION_BINS = 16
 
 
+@typing.dataclass_transform(frozen_default=True)
 def pytree_dataclass(cls):
     """A frozen dataclass that is a pytree of its fields."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
@@ -43,7 +45,8 @@ class Scores:
 class RouterStats:
     """Sums over the tokens of a statistics unit, so that units, shards, layers and microbatches simply add.
 
-    A unit is what the scope of the balance loss asks for: a sequence, or a routing group. Padding counts in nothing but `padding_U`. Counts are int32, exact; layers may be stacked in front of U.
+    A unit is what the scope of the balance loss asks for: a sequence, or a routing group. Padding counts in nothing
+    but `padding_U`. Counts are int32, exact; layers may be stacked in front of U.
 
     tokens_U: real tokens. padding_U: the others. declined_U: choices of real tokens that the router left unused.
     load_UE: assignments per expert, before drops. importance_UE: sum of the probabilities.

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.init import fan_in_normal
@@ -33,7 +33,7 @@ class KeyValues:
 
 
 def causal_mask(
-    query_segments_BL: Int[Array, "B L"], key_segments_BT: Int[Array, "B T"], start: int | Int[Array, ""] = 0
+    query_segments_BL: Int[Array, "B L"], key_segments_BT: Int[Array, "B T"], start: int | Scalar = 0
 ) -> Bool[Array, "B L T"]:
     """True where a query may look: not later than itself, and within its own document; padding (segment 0) nowhere.
 

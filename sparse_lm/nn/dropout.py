@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def split_keys(key: jax.Array | None, count: int) -> list[jax.Array | None] | jax.Array:
+def split_keys(key: jax.Array | None, count: int) -> Sequence[jax.Array | None] | jax.Array:
     """`count` keys of one; None stays None, since evaluation draws nothing."""
     return [None] * count if key is None else jax.random.split(key, count)

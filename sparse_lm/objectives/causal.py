@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.batch import Batch
 from sparse_lm.moe.balance import load_balance, z_loss
@@ -23,8 +23,8 @@ class Totals:
     targets: predicted tokens. tokens: real tokens that are routed. load_NE: see `moe.balance.load_balance`, or None.
     """
 
-    targets: Float[Array, ""]
-    tokens: Float[Array, ""]
+    targets: Scalar
+    tokens: Scalar
     load_NE: Int[Array, "N E"] | None = None
 
 
@@ -37,7 +37,7 @@ class LossParts:
     stats: routing statistics, summed over units; None in a dense model.
     """
 
-    loss: Float[Array, ""]
+    loss: Scalar
     load_balance_N: Float[Array, "N"]
     z_N: Float[Array, "N"]
     domain_loss: Float[Array, "domains"]
@@ -67,7 +67,7 @@ def token_losses(logits_BLV: Float[Array, "B L V"], labels_BL: Int[Array, "B L"]
 
 def causal_loss(
     apply: Apply, batch: Batch, key: jax.Array | None, totals: Totals, balance: BalanceConfig | None, num_domains: int
-) -> tuple[Float[Array, ""], LossParts]:
+) -> tuple[Scalar, LossParts]:
     """This microbatch's share of the loss of the batch, and its parts.
 
     apply: (tokens, segments, positions, key) -> (logits, statistics). balance: None in a dense model.

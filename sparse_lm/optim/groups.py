@@ -11,7 +11,7 @@ import jax
 
 from sparse_lm.dims import LETTERS
 
-_NOT_DECAYED = ("scale", "bias")
+_NOT_DECAYED = ("scale", "bias", "table")
 _CONTAINER = "value"  # the last entry of the path of a Flax variable's array
 
 
@@ -43,7 +43,7 @@ def decays(path: tuple) -> bool:
     Only matrices decay: at least two axes apart from the stacking ones, N and E. Exempt are
 
     - scales and biases: few numbers, and pulling a scale to zero shrinks activations instead of limiting capacity;
-    - tables of embeddings (axes with V): a rare token's row has a zero gradient on most updates, so that decay alone
+    - tables of embeddings (named `table`, or with the axis V): a rare token's row has a zero gradient on most updates, so that decay alone
       would act on it, as often as it acts on a common one;
     - a router's weights (`DE`): E counts its outputs, each a vector; their length is the sharpness of the routing,
       and decay would pull it towards uniform, against the task and on top of the z-loss.

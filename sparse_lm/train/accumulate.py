@@ -11,7 +11,6 @@ from flax import nnx
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.decoder import Decoder
-from sparse_lm.moe.config import BalanceConfig
 from sparse_lm.objectives.causal import LossParts, Totals, causal_loss, count
 from sparse_lm.sharding import Rules
 
@@ -65,7 +64,7 @@ def _loads(loss: Callable, parameters: Any, inputs: Any, totals: Totals) -> jax.
 
 
 def _summed(function: Callable, inputs: Any) -> tuple[jax.Array, LossParts, Any]:
-    """The sum of ((total, parts), gradients) over the leading axis of the inputs; one microbatch in memory at a time."""
+    """The sum of ((total, parts), gradients) over the leading axis of the inputs, one microbatch at a time."""
     first = jax.tree.map(lambda x: x[0], inputs)
     shapes = jax.eval_shape(function, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Scalar
 
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder
@@ -18,11 +18,11 @@ from sparse_lm.sharding import Rules
 class TrainState:
     """step: optimizer steps taken, skipped ones included. nonfinite: steps skipped so far, and in a row until now."""
 
-    step: Int[Array, ""]
+    step: Scalar
     model: Decoder
     optimizer: optax.OptState
-    nonfinite: Int[Array, ""]
-    nonfinite_in_a_row: Int[Array, ""]
+    nonfinite: Scalar
+    nonfinite_in_a_row: Scalar
 
 
 def create_state(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Scalar
 
 from sparse_lm.batch import Batch
 from sparse_lm.moe.types import pytree_dataclass
@@ -28,12 +28,12 @@ class StepMetrics:
     nonfinite, nonfinite_in_a_row: see `TrainState`. gradient_norm: before clipping.
     """
 
-    total: Float[Array, ""]
+    total: Scalar
     parts: LossParts
-    gradient_norm: Float[Array, ""]
-    finite: Bool[Array, ""]
-    nonfinite: Int[Array, ""]
-    nonfinite_in_a_row: Int[Array, ""]
+    gradient_norm: Scalar
+    finite: Scalar
+    nonfinite: Scalar
+    nonfinite_in_a_row: Scalar
 
 
 def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, num_domains: int) -> Step:

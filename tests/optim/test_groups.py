@@ -68,7 +68,7 @@ def test_letters_refuses_names_that_do_not_say_their_axes(name):
         ("bias_EF", False),
         ("query_bias_HI", False),
         ("table_VD", False),
-        ("position_LD", True),
+        ("table_LD", False),
         ("head_DV", False),
         ("router_DE", False),
         ("temperature_E", False),

@@ -26,7 +26,7 @@ class AllToAll(Dispatcher):
 
 
 def _exchange(x: jax.Array, split: int, concat: int) -> jax.Array:
-    """[E, R, ...] of one's own tokens for all experts <-> [E / devices, devices * R, ...] of all tokens for one's own."""
+    """[E, R, ...]: own tokens for all experts <-> [E / devices, devices * R, ...]: all tokens for own experts."""
     if manual_axis_size("expert") == 1:
         return x
     return jax.lax.all_to_all(x, "expert", split_axis=split, concat_axis=concat, tiled=True)

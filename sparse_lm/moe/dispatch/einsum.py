@@ -14,7 +14,7 @@ class Einsum(Dispatcher):
 
     def local(self, experts, x_GSD, decision, ids_GS, key):
         """See `Dispatcher.local`."""
-        groups, size, width = x_GSD.shape
+        groups, _, width = x_GSD.shape
         num_experts, slots = experts.num_experts, self.slots.capacity
         placement = place(decision, num_experts, self.slots)
         expert_GSKE = jax.nn.one_hot(decision.expert_GSK, num_experts, dtype=jnp.float32)

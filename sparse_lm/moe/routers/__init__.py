@@ -5,4 +5,6 @@ from __future__ import annotations
 from sparse_lm.moe.routers.base import Router, RouterConfig, RouterShape
 from sparse_lm.moe.routers.top_k import TopK
 
+__all__ = ["ROUTERS", "Router", "RouterConfig", "RouterShape"]
+
 ROUTERS: dict[str, type[RouterConfig]] = {config.kind: config for config in (TopK,)}

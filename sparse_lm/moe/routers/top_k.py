@@ -96,13 +96,13 @@ class TopKRouter(Router):
         """True for the choices that the policy uses; the first always is."""
         policy = self.config.second_expert
         first_K = jnp.arange(self.top_k) == 0
-        if policy == "all" or (key is None and policy in ("gshard", "mesh_tf")):
-            return jnp.broadcast_to(True, gate_GSK.shape)
         if policy == "none":
             return jnp.broadcast_to(first_K, gate_GSK.shape)
         share_GSK = jax.lax.stop_gradient(gate_GSK / jnp.sum(gate_GSK[..., :2], axis=-1, keepdims=True))
         if policy == "threshold":
             return first_K | (share_GSK > self.config.second_threshold)
+        if policy == "all" or key is None:
+            return jnp.broadcast_to(True, gate_GSK.shape)
         scale = 2.0 if policy == "gshard" else 1.0 / self.config.second_threshold
         uniform_GSK = self.scores.rules.constrain(jax.random.uniform(key, gate_GSK.shape), "GSK")
         return first_K | (scale * share_GSK > uniform_GSK)
