@@ -41,7 +41,7 @@ class Leaf(Config):
 @dataclasses.dataclass(frozen=True)
 class Branch(Config):
     leaf: Leaf = Leaf()
-    shape: Circle | Square = option(Circle(), variants=SHAPES)  # noqa: RUF009  (a frozen default)
+    shape: Circle | Square = option(Circle(), variants=SHAPES)
 
     def check(self) -> None:
         if self.leaf.name == "bad":
