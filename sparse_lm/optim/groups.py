@@ -43,8 +43,8 @@ def decays(path: tuple) -> bool:
     Only matrices decay: at least two axes apart from the stacking ones, N and E. Exempt are
 
     - scales and biases: few numbers, and pulling a scale to zero shrinks activations instead of limiting capacity;
-    - tables of embeddings (named `table`, or with the axis V): a rare token's row has a zero gradient on most updates, so that decay alone
-      would act on it, as often as it acts on a common one;
+    - tables of embeddings (named `table`, or with the axis V): a rare token's row has a zero gradient on most updates,
+      and decay would act on it as often as on a common one's;
     - a router's weights (`DE`): E counts its outputs, each a vector; their length is the sharpness of the routing,
       and decay would pull it towards uniform, against the task and on top of the z-loss.
     """

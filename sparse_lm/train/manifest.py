@@ -107,7 +107,7 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
         body = json.loads(path.read_text())
         digest = body.pop("digest")
         intact = digest == _digest(body)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         intact, body = False, {}
     if not intact:
         raise _corrupt(directory, f"{ITEM}/{FILE} is damaged")

@@ -13,7 +13,7 @@ from sparse_lm.optim.schedules import schedule
 
 def _table(name, steps, warmup, final=0.1, peak=8.0, beyond=0):
     config = OptimConfig(schedule=name, warmup_steps=warmup, final_fraction=final, learning_rate=peak)
-    return [float(schedule(config, steps)(count)) for count in range(steps + beyond)]
+    return [np.asarray(schedule(config, steps)(count)).item() for count in range(steps + beyond)]
 
 
 def test_warm_up_starts_above_zero_and_reaches_the_peak_with_its_last_update():
@@ -58,7 +58,7 @@ def test_training_that_is_all_warm_up(name):
 def test_works_on_a_traced_count():
     rate = schedule(OptimConfig(schedule="cosine", warmup_steps=3, learning_rate=1.0), 9)
     counts = np.arange(9)
-    np.testing.assert_allclose(jax.vmap(rate)(counts), [float(rate(int(count))) for count in counts], rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(rate)(counts), [np.asarray(rate(int(count))) for count in counts], rtol=1e-6)
 
 
 def test_warm_up_longer_than_training_is_refused():
