@@ -167,13 +167,17 @@ def draw_grammar(config: GrammarConfig) -> Grammar:
 
 
 def _stationary(follow: np.ndarray, probabilities: np.ndarray, config: GrammarConfig) -> np.ndarray:
-    """A stationary distribution by power iteration from the uniform one; half a step each, against periodic chains."""
+    """A stationary distribution by power iteration from the uniform one.
+
+    A periodic chain converges too: with as many ways in as out, its cyclic classes are of one size, and the uniform
+    distribution gives each the mass that it keeps.
+    """
     state = np.full(len(follow), 1 / len(follow))
     for _ in range(POWER_ITERATIONS):
         flow = np.bincount(follow.ravel(), (state[:, None] * probabilities).ravel(), len(follow))
         if np.abs(flow - state).sum() < 1e-13:
             return state / state.sum()
-        state = (flow + state) / 2
+        state = flow
     raise ConfigError("data.grammar.seed", config.seed, "this chain mixes too slowly; take another seed or branching")
 
 

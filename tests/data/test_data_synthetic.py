@@ -131,6 +131,16 @@ def test_rows_without_targets_are_refused():
         grammar.best_loss(rows)
 
 
+def test_periodic_chain_has_a_stationary_distribution():
+    # Period 2: from {0, 1} to {2, 3} and back, with as many ways in as out.
+    follow = np.array([[2, 3], [3, 2], [0, 1], [1, 0]])
+    transition = np.array([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3], [1.0, 0.0]])
+    found = synthetic._stationary(follow, transition, TINY[0])
+    # 0 gets 0.7 of 2, and 2 gets 0.9 of 0 and half of 1 = 0.5 - 0: x = 0.7 (0.9 x + 0.5 (0.5 - x)).
+    x = 0.7 * 0.25 / (1 - 0.7 * 0.4)
+    assert found == pytest.approx([x, 0.5 - x, x / 0.7, 0.5 - x / 0.7], abs=1e-12)
+
+
 def test_slow_chain_is_refused():
     near_one = 1 - 1e-9
     follow = np.array([[0, 1], [1, 0]])
