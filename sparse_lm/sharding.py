@@ -233,7 +233,7 @@ DEFAULT = Rules(
 )
 
 
-def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     """Resolves mesh sizes against the number of devices; one size may be -1 and takes what is left.
 
     Raises `ValueError` naming the axis when the sizes cannot tile the devices.
@@ -257,7 +257,7 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
     return tuple(shape.values())
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """An explicit mesh over `devices` (default: all), axes in the order of `MESH_AXES`."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
@@ -268,3 +268,12 @@ def put(mesh: Mesh, rules: Rules, x: np.ndarray, letters: str) -> jax.Array:
     """A host array that every process holds whole, placed on the mesh as an activation with these axes."""
     sharding = NamedSharding(mesh, rules.act(letters))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def abstract_sharded(tree, rules: Rules, mesh: Mesh):
+    """`jax.ShapeDtypeStruct`s of a tree of parameters (or of anything named like them), laid out by the rules."""
+
+    def shaped(leaf, spec):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(shaped, tree, rules.parameter_specs(tree))

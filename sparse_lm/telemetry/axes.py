@@ -122,12 +122,22 @@ def tick_labels(ticks: Sequence[float], log: bool = False) -> list[str]:
         return [compact(tick) for tick in ticks]
     if biggest < 1e-3:
         exponent = math.floor(math.log10(biggest) + 1e-9)
-        scaled, suffix = [tick / 10.0**exponent for tick in ticks], f"e{exponent}"
-    else:
-        size, suffix = next(s for s in ((1e9, "B"), (1e6, "M"), (1e4, "k"), (0, "")) if biggest >= s[0])
-        scaled = [tick / {"k": 1e3, "": 1.0}.get(suffix, size) for tick in ticks]
-    decimals = next((d for d in range(8) if all(_has_decimals(value, d) for value in scaled)), 8)
-    return ["0" if tick == 0 else f"{value:.{decimals}f}{suffix}" for tick, value in zip(ticks, scaled, strict=True)]
+        return _labels(ticks, 10.0**exponent, f"e{exponent}", _decimals(ticks, 10.0**exponent))
+    for least, size, suffix in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        decimals = _decimals(ticks, size)
+        # 9.97k is no shorter than 9970.
+        if biggest >= least and decimals <= 1:
+            return _labels(ticks, size, suffix, decimals)
+    return _labels(ticks, 1.0, "", _decimals(ticks, 1.0))
+
+
+def _labels(ticks: Sequence[float], size: float, suffix: str, decimals: int) -> list[str]:
+    return ["0" if tick == 0 else f"{tick / size:.{decimals}f}{suffix}" for tick in ticks]
+
+
+def _decimals(ticks: Sequence[float], size: float) -> int:
+    """How many decimals tell all of `ticks` exactly in units of `size`, at most 8."""
+    return next((d for d in range(8) if all(_has_decimals(tick / size, d) for tick in ticks)), 8)
 
 
 def _has_decimals(value: float, decimals: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sparse_lm.telemetry.axes import Axis, Scale, make_scale, tick_labels, ticks_of
 from sparse_lm.telemetry.colors import SERIES
-from sparse_lm.telemetry.svg import CHAR, GRID, INK, MUTED, Frame, Size, num, root, text, x_axis, y_axis
+from sparse_lm.telemetry.svg import CHAR, GRID, INK, MARGIN, MUTED, Frame, Size, num, root, text, x_axis, y_axis
 
 _LEFT, _GAP, _PANEL = 84, 14, 62
 
@@ -39,7 +39,7 @@ def bar_chart(values: Sequence[float | None], x: Axis, y: Axis, title: str, colo
     y_scale = make_scale(dataclasses.replace(y, low=0.0), [0.0, *values], bottom, top, pad=True)
     ticks = ticks_of(y_scale, int((bottom - top) / 36), y.integer)
     labels = tick_labels(ticks)
-    frame = Frame(14 + CHAR * max(map(len, labels)), top, size.width - 20, bottom)
+    frame = Frame(14 + CHAR * max(map(len, labels)), top, size.width - MARGIN, bottom)
     x_scale = make_scale(x, [], frame.left, frame.right)
     body = y_axis(frame, y_scale, ticks, labels, y.label)
     body += _bars(values, frame, y_scale, color, gap=2.0) + x_axis(frame, x_scale, x)
@@ -75,7 +75,7 @@ def histogram_grid(
         raise ValueError(f"histogram grid {title!r}: rows of {shape} cells for {len(rows)} x {len(columns)} names")
     size = Size(Size().width, 34 + len(rows) * (_PANEL + _GAP) + 22)
     most = max(100 * share for row in cells for cell in row for share in cell.shares) or 1.0
-    width = (size.width - _LEFT - 20 - _GAP * (len(columns) - 1)) / len(columns)
+    width = (size.width - _LEFT - MARGIN - _GAP * (len(columns) - 1)) / len(columns)
     parts = [text(2, 12, "share of choices (%)")]
     for j, column in enumerate(columns):
         parts.append(text(_LEFT + j * (width + _GAP) + width / 2, 28, column, "middle", fill=INK))
@@ -87,7 +87,7 @@ def histogram_grid(
             left = _LEFT + j * (width + _GAP)
             frame = Frame(left, top, left + width, top + _PANEL)
             parts.append(_panel(cell, frame, scale, x, (j == 0, i == len(cells) - 1)))
-    parts.append(text((_LEFT + size.width - 20) / 2, size.height - 5, x.label, "middle"))
+    parts.append(text((_LEFT + size.width - MARGIN) / 2, size.height - 5, x.label, "middle"))
     return root(size, title, "".join(parts))
 
 

@@ -19,6 +19,7 @@ from sparse_lm.telemetry.colors import MISSING_LEVEL, ColorScale, data_uri, png
 INK, MUTED, GRID = "#222222", "#5a5a5a", "#e4e4e4"
 CHAR = 6.3  # generous mean width of a character at font size 11, in pixels
 _LINE = 16
+MARGIN = 26  # right of the plot: half of the widest tick label, which may stand at its very end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def line_chart(
     y_scale = make_scale(y, values, bottom, top, pad=True)
     y_ticks = ticks_of(y_scale, int((bottom - top) / 36), y.integer)
     y_labels = tick_labels(y_ticks, y_scale.log)
-    frame = Frame(14 + CHAR * max(map(len, y_labels), default=1), top, size.width - 20, bottom)
+    frame = Frame(14 + CHAR * max(map(len, y_labels), default=1), top, size.width - MARGIN, bottom)
     x_scale = make_scale(x, [v for s in series for v in s.x], frame.left, frame.right)
     body = [legend, y_axis(frame, y_scale, y_ticks, y_labels, y.label), x_axis(frame, x_scale, x)]
     lines = [_reference(r, y_scale, frame) for r in references]
@@ -238,7 +239,7 @@ def heat_map(
     ticks = ticks_of(Scale(0, max(1, rows - 1), 0, 1), max(1, min(rows, int((size.height - 58) / 18))), True)
     ticks = [tick for tick in ticks if tick <= rows - 1]
     labels = tick_labels(ticks)
-    frame = Frame(14 + CHAR * max(map(len, labels)), 22, size.width - 20, size.height - 36)
+    frame = Frame(14 + CHAR * max(map(len, labels)), 22, size.width - MARGIN, size.height - 36)
     x_scale = make_scale(x, [], frame.left, frame.right)
     levels = colors.levels(ratios)
     place = f'x="{num(frame.left)}" y="{num(frame.top)}" width="{num(frame.right - frame.left)}" '
@@ -256,7 +257,7 @@ def heat_map(
 
 def color_legend(colors: ColorScale, label: str, size: Size = Size(360, 46)) -> str:
     """The colours of a scale with their ratios: the ends and 1 are always named."""
-    left, right = 8.0, size.width - 20.0
+    left, right = 8.0, size.width - float(MARGIN)
     strip = data_uri(png(np.arange(MISSING_LEVEL, dtype=np.uint8)[None], colors.palette()))
     body = [
         text(left, 11, label, fill=INK),

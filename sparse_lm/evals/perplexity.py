@@ -1,0 +1,59 @@
+"""Loss on held-out rows, over all and by domain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from sparse_lm.batch import Batch
+from sparse_lm.models.decoder import Decoder
+from sparse_lm.moe.balance import max_violation
+from sparse_lm.objectives.causal import LossParts, causal_loss, count
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per target. by_domain: the same for each domain that has targets. targets: how many.
+
+    dropped_fraction: of the routed assignments; max_violation: see `moe.balance`, mean over layers; None when dense.
+    """
+
+    loss: float
+    by_domain: dict[str, float]
+    targets: int
+    dropped_fraction: float | None
+    max_violation: float | None
+
+    def bits_per_byte(self, bytes_per_target: float | None) -> float | None:
+        """The loss in bits per byte of text, or None for data that is no text."""
+        return None if bytes_per_target is None else self.loss / math.log(2) / bytes_per_target
+
+
+Evaluate = Callable[[Decoder, Sequence[Batch]], Evaluation]
+
+
+def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
+    """An evaluation of a model on batches that lie on its mesh; compiled on the first batch."""
+
+    @jax.jit
+    def parts(model: Decoder, batch: Batch) -> LossParts:
+        moe = model.config.moe
+        return causal_loss(model, batch, None, count(batch), moe.balance if moe else None, len(domains))[1]
+
+    def evaluate(model: Decoder, batches: Sequence[Batch]) -> Evaluation:
+        each = [jax.device_get(parts(model, batch)) for batch in batches]
+        nats = np.sum([p.domain_loss for p in each], axis=0, dtype=np.float64)
+        targets = np.sum([p.domain_targets for p in each], axis=0, dtype=np.float64)
+        dropped = violation = None
+        if each[0].stats is not None:
+            stats = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *[p.stats for p in each])
+            dropped = float(stats.dispatch.dropped.sum() / max(1.0, stats.router.load_UE.sum()))
+            violation = float(np.mean(max_violation(stats.router.load_UE.sum(axis=1))))
+        by_domain = {name: float(nats[i] / targets[i]) for i, name in enumerate(domains) if targets[i] > 0}
+        return Evaluation(float(nats.sum() / max(1.0, targets.sum())), by_domain, int(targets.sum()), dropped, violation)
+
+    return evaluate

@@ -1,0 +1,96 @@
+"""From what a step reports to a row of metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_lm.evals.perplexity import Evaluation
+from sparse_lm.moe.balance import max_violation
+from sparse_lm.moe.types import LayerStats
+from sparse_lm.train.step import StepMetrics
+
+
+def train_row(step: int, metrics: StepMetrics, layers: bool) -> dict[str, Any]:
+    """The row of a training step (metrics already on the host). layers: with the arrays per layer and expert."""
+    row: dict[str, Any] = {
+        "step": step,
+        "split": "train",
+        "loss": float(metrics.parts.loss),
+        "total_loss": float(metrics.total),
+        "gradient_norm": float(metrics.gradient_norm),
+        "nonfinite_steps": int(metrics.nonfinite),
+    }
+    stats = metrics.parts.stats
+    if stats is None:
+        return row | {"dropped_fraction": 0.0}
+    router, dispatch = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats.router, stats.dispatch))
+    load_NE = router.load_UE.sum(axis=1)
+    tokens_N = router.tokens_U.sum(axis=1)
+    row |= {
+        "dropped_fraction": _ratio(dispatch.dropped.sum(), load_NE.sum()),
+        "declined_fraction": _ratio(router.declined_U.sum(), router.declined_U.sum() + load_NE.sum()),
+        "load_balance": float(np.mean(metrics.parts.load_balance_N)),
+        "router_z": float(np.mean(metrics.parts.z_N)),
+        "router_entropy": _ratio(router.entropy_U.sum(), tokens_N.sum()),
+        "max_violation": float(np.mean(max_violation(load_NE))),
+        "gini": float(np.mean([gini(load_E) for load_E in load_NE])),
+        "kept_gate_mass": _ratio(dispatch.kept_gate_mass.sum(), dispatch.gate_mass.sum()),
+        "served": _rounded(dispatch.served.sum(axis=0) / max(1.0, dispatch.served.sum())),
+    }
+    return row | {"layers": layer_arrays(stats)} if layers else row
+
+
+def layer_arrays(stats: LayerStats) -> dict[str, Any]:
+    """Per sparse layer: share of the load per expert, drops, entropy, gates, drops by place in the group."""
+    router, dispatch = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats.router, stats.dispatch))
+    load_NE = router.load_UE.sum(axis=1)
+    total_N1 = np.maximum(load_NE.sum(axis=1, keepdims=True), 1)
+    tokens_N = np.maximum(router.tokens_U.sum(axis=1), 1)
+    routed = np.maximum(dispatch.routed_by_position.sum(axis=0), 1)
+    return {
+        "load": _rounded(load_NE / total_N1),
+        "dropped": _rounded(dispatch.dropped / total_N1[:, 0]),
+        "entropy": _rounded(router.entropy_U.sum(axis=1) / tokens_N),
+        "gate_histogram": dispatch.gate_histogram.astype(int).tolist(),
+        "dropped_by_position": _rounded(dispatch.dropped_by_position.sum(axis=0) / routed),
+    }
+
+
+def validation_row(
+    step: int, evaluation: Evaluation, bytes_per_target: float | None, entropy: float | None
+) -> dict[str, Any]:
+    """The row of an evaluation. entropy: the lowest possible loss, where it is known."""
+    return {
+        "step": step,
+        "split": "validation",
+        "loss": evaluation.loss,
+        "bits_per_byte": evaluation.bits_per_byte(bytes_per_target),
+        "entropy_gap": None if entropy is None else evaluation.loss - entropy,
+        "losses_by_domain": evaluation.by_domain,
+        "targets": evaluation.targets,
+        "dropped_fraction": evaluation.dropped_fraction,
+        "max_violation": evaluation.max_violation,
+    }
+
+
+def gini(load_E: np.ndarray) -> float:
+    """Gini coefficient of the load: 0 when all experts have the same, 1 - 1/E when one has all."""
+    ordered = np.sort(load_E)
+    ranks = np.arange(1, len(ordered) + 1)
+    total = ordered.sum()
+    if total == 0:
+        return 0.0
+    return float(2 * (ranks * ordered).sum() / (len(ordered) * total) - (len(ordered) + 1) / len(ordered))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def _rounded(x: np.ndarray) -> list:
+    return np.round(x, 5).tolist()
+
+

@@ -1,0 +1,131 @@
+"""The directory of a run: what was asked for, with what, and whether a second start means the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparse_lm.config import ConfigError, from_dict, to_dict
+from sparse_lm.data.loader import Dataset
+from sparse_lm.experiment import Experiment
+from sparse_lm.telemetry.rundata import CONFIG_NAME
+from sparse_lm.telemetry.sinks import replace_file
+
+CHECKPOINTS_NAME = "checkpoints"
+PACKAGES = ("sparse_lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What may change when a run is resumed: it alters neither the model nor its data, only how and how long they are run.
+RESUMABLE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.max_nonfinite",
+    "train.sample_tokens",
+    "train.accumulate",
+    "checkpoint",
+    "mesh",
+    "model.remat",
+    "model.scan_layers",
+    "model.moe.dispatcher",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What config.json holds: see `describe_run`."""
+
+    experiment: Experiment
+    fingerprint: str
+
+
+def describe_run(experiment: Experiment, dataset: Dataset, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json: resolved configuration, versions, commit, device, data, parameters."""
+    device = jax.devices()[0]
+    return {
+        "config": to_dict(experiment),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "git": _commit(),
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "data": {
+            "fingerprint": dataset.fingerprint,
+            "domains": list(dataset.domains),
+            "report": dataset.report.lines(),
+            "entropy": dataset.entropy,
+        },
+        "parameters": dict(parameters),
+    }
+
+
+def write_info(workdir: Path, info: Mapping[str, Any]) -> None:
+    """Writes config.json; a reader meets the old one or the new one."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    replace_file(workdir / CONFIG_NAME, (json.dumps(info, indent=2) + "\n").encode())
+
+
+def read_info(workdir: Path) -> RunInfo | None:
+    """The run that a directory holds, or None. Raises `ConfigError` when its config.json cannot be understood."""
+    path = workdir / CONFIG_NAME
+    if not path.exists():
+        return None
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        return RunInfo(from_dict(Experiment, info["config"]), info["data"]["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "workdir", str(workdir), f"{path} is not a configuration that this version reads ({error}); use another one"
+        ) from error
+
+
+def check_resumable(stored: RunInfo, experiment: Experiment, fingerprint: str) -> None:
+    """Raises `ConfigError` when the run in the directory is another one, naming the key and both values."""
+    before, now = _flat(to_dict(stored.experiment)), _flat(to_dict(experiment))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not any(key == r or key.startswith(r + ".") for r in RESUMABLE):
+            raise ConfigError(
+                key,
+                now.get(key),
+                f"the run in this workdir has {before.get(key)!r}; set it back to resume, or choose another --workdir",
+            )
+    if stored.fingerprint != fingerprint:
+        raise ConfigError(
+            "data.source",
+            experiment.data.source,
+            f"the data have changed since the run in this workdir began (fingerprint {stored.fingerprint[:12]}, now "
+            f"{fingerprint[:12]}; for stdlib: another Python or other packages); choose another --workdir",
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, item in tree.items()
+        for key, value in _flat(item, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from, with `-dirty` when files differ; None without one."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
