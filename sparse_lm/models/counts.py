@@ -1,0 +1,224 @@
+"""What a model costs, from its configuration alone: parameters, FLOPs per token, bytes. Nothing is allocated.
+
+Conventions:
+
+- A matrix product with P weights costs 2 P FLOPs per token forward and 4 P backward: 6 P in training.
+- Attention scores and their use cost 12 x layers x heads x head_dim x length per token in training: whole rows, the
+  causal half is not taken off (Chowdhery et al. 2022, PaLM, appendix B).
+- The unembedding is a matrix product, tied or not; looking up an embedding or a position is not.
+- Empty slots of experts and recomputation (remat) are not counted: they are overhead, not work of the model.
+- Norms, activations, softmax and the choice of experts count no FLOPs; the router's product does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import optax
+from flax import nnx
+
+from sparse_lm.config import ConfigError
+from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.decoder import Decoder
+from sparse_lm.moe.routers import RouterShape
+from sparse_lm.nn.mlp import GATED
+from sparse_lm.sharding import DEFAULT
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters of one part of a model, over all layers.
+
+    total: all that are stored. active: those that one token's forward pass uses. multiplied: those that it multiplies
+    by, in matrix products; a tied table is stored once, as embedding, and multiplied as unembedding.
+    """
+
+    total: int
+    active: int
+    multiplied: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """The parts of a model. `embedding`, `unembedding` (empty when tied) and `positions` (learned ones) are tables.
+
+    dense: feed-forward layers that are not sparse. shared: experts that see every token. score_width: layers x heads x
+    head_dim, what attention scores cost beside their parameters.
+    """
+
+    embedding: Part
+    positions: Part
+    attention: Part
+    norms: Part
+    dense: Part
+    router: Part
+    experts: Part
+    shared: Part
+    unembedding: Part
+    score_width: int
+
+    def parts(self) -> dict[str, Part]:
+        """The parts by name, in the order in which a token meets them."""
+        named = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: part for name, part in named if isinstance(part, Part)}
+
+    @property
+    def total(self) -> int:
+        """All parameters, embeddings included."""
+        return sum(part.total for part in self.parts().values())
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses, the whole tables of embeddings included (as in Mixtral's 12.9B)."""
+        return sum(part.active for part in self.parts().values())
+
+    @property
+    def non_embedding(self) -> int:
+        """`total` without the tables of embeddings and positions."""
+        return self.total - self._tables().total
+
+    @property
+    def active_non_embedding(self) -> int:
+        """`active` without the tables of embeddings and positions."""
+        return self.active - self._tables().active
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the stored parameters, which are float32."""
+        return 4 * self.total
+
+    def flops_per_token(self, length: int) -> int:
+        """Training FLOPs (forward and backward) per token in rows of `length` tokens; see the module's conventions."""
+        return sum(self.part_flops(name, length) for name in self.parts())
+
+    def forward_flops_per_token(self, length: int) -> int:
+        """FLOPs of the forward pass alone: a third."""
+        return self.flops_per_token(length) // 3
+
+    def part_flops(self, name: str, length: int) -> int:
+        """The share of one part in `flops_per_token`; attention includes its scores."""
+        scores = 12 * self.score_width * length if name == "attention" else 0
+        return 6 * self.parts()[name].multiplied + scores
+
+    def _tables(self) -> Part:
+        tables = (self.embedding, self.positions, self.unembedding)
+        return Part(*(sum(getattr(part, field) for part in tables) for field in ("total", "active", "multiplied")))
+
+
+def count(config: ModelConfig) -> Counts:
+    """Counts of the decoder that `config` describes.
+
+    Raises `ConfigError` when the vocabulary, or the length of learned positions, is left to the data.
+    """
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size", None, "is left to the data; set it to count parameters")
+    if config.position == "learned" and config.max_length is None:
+        raise ConfigError("model.max_length", None, "is left to the data; set it to count parameters")
+    layers, width, num_sparse = config.num_layers, config.d_model, sum(config.sparse)
+    table = config.vocab_size * width
+    tied = config.tie_embeddings
+    positions = (config.max_length or 0) * width if config.position == "learned" else 0
+    head_axes = 2 * config.num_heads + 2 * config.kv_heads  # query and out, key and value
+    num_norms = 2 * layers + (config.norm_position == "pre")
+    norms = num_norms * width * (2 if config.norm == "layernorm" else 1)
+    return Counts(
+        embedding=Part(table, table, 0),
+        positions=Part(positions, positions, 0),
+        attention=_matrices(layers * width * config.width * head_axes),
+        norms=Part(norms, norms, 0),
+        dense=_matrices((layers - num_sparse) * _feed_forward(config, config.d_ff)),
+        router=_router(config),
+        experts=_experts(config),
+        shared=_matrices(num_sparse * _feed_forward(config, _shared_width(config))),
+        unembedding=Part(0, 0, table) if tied else _matrices(table),
+        score_width=layers * config.num_heads * config.width,
+    )
+
+
+def optimizer_bytes(config: ModelConfig, optimizer: optax.GradientTransformation) -> int:
+    """Bytes of the state that `optimizer` keeps for this model, exactly as it would be made.
+
+    By name: about 8 bytes per parameter for adamw, 4 for lion, and for adafactor only rows and columns of matrices.
+    """
+
+    def state(key):
+        return optimizer.init(nnx.split(Decoder(key, config, DEFAULT), nnx.Param, ...)[1])
+
+    count(config)  # names what is missing
+    leaves = jax.tree.leaves(jax.eval_shape(state, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def table(config: ModelConfig, length: int) -> str:
+    """Parameters and training FLOPs per token by part, as text to print before a run; parts that are empty left out."""
+    counts = count(config)
+    rows = [("", "parameters", "active", "FLOPs/token")]
+    for name, part in counts.parts().items():
+        flops = counts.part_flops(name, length)
+        if part.total or flops:
+            tied = " (tied)" if name == "unembedding" and config.tie_embeddings else ""
+            rows.append((name + tied, f"{part.total:,}", f"{part.active:,}", f"{flops:,}"))
+    rows.append(("total", f"{counts.total:,}", f"{counts.active:,}", f"{counts.flops_per_token(length):,}"))
+    rows.append(("without embeddings", f"{counts.non_embedding:,}", f"{counts.active_non_embedding:,}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """The dense model whose feed-forward layers cost each token as many FLOPs, and active parameters, as `config`'s.
+
+    Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert. The router is
+    extra in the sparse model and has no counterpart. Raises `ConfigError` when the model is dense already, and when
+    its dense layers are of another width: no single d_ff then matches every layer.
+    """
+    if config.moe is None:
+        raise ConfigError("model.moe", None, "the model is dense: it is its own twin")
+    width = config.moe.top_k * config.d_expert + _shared_width(config)
+    if not all(config.sparse) and width != config.d_ff:
+        raise ConfigError(
+            "model.moe.d_expert",
+            config.d_expert,
+            f"gives sparse layers of {width} active hidden units beside dense layers of d_ff={config.d_ff}, so that no "
+            f"dense model has the FLOPs of both; choose them equal, for example d_ff={width}, or every=1",
+        )
+    return config.replace(moe=None, d_ff=width)
+
+
+def _matrices(size: int) -> Part:
+    return Part(size, size, size)
+
+
+def _feed_forward(config: ModelConfig, hidden: int) -> int:
+    return (3 if config.activation in GATED else 2) * config.d_model * hidden
+
+
+def _shared_width(config: ModelConfig) -> int:
+    return 0 if config.moe is None else config.moe.num_shared * config.d_expert
+
+
+def _experts(config: ModelConfig) -> Part:
+    if config.moe is None:
+        return Part(0, 0, 0)
+    one = sum(config.sparse) * _feed_forward(config, config.d_expert)
+    active = config.moe.top_k * one
+    return Part(config.moe.num_experts * one, active, active)
+
+
+def _router(config: ModelConfig) -> Part:
+    """From the router itself, since kinds of router differ in what they hold."""
+    if config.moe is None:
+        return Part(0, 0, 0)
+    moe = config.moe
+    shape = RouterShape(config.d_model, moe.num_experts, moe.top_k)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda key: moe.router.build(key, shape, DEFAULT), jax.random.key(0)))
+    num_sparse = sum(config.sparse)
+    total = num_sparse * sum(leaf.size for leaf in leaves)
+    return Part(total, total, num_sparse * sum(leaf.size for leaf in leaves if leaf.ndim >= 2))
