@@ -1,0 +1,39 @@
+"""The optimizer's options: what is refused, and that every choice builds."""
+
+import jax.numpy as jnp
+import pytest
+
+from sparse_lm.config import ConfigError, from_dict
+from sparse_lm.optim.build import build_optimizer
+from sparse_lm.optim.config import OptimConfig
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("warmup_steps", -1),
+        ("final_fraction", 1.5),
+        ("weight_decay", -0.1),
+        ("beta1", 1.0),
+        ("beta2", 1.0),
+        ("eps", 0.0),
+        ("clip", 0.0),
+        ("name", "adam"),
+        ("schedule", "step"),
+    ],
+)
+def test_bad_values_are_refused_by_key(key, value):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(OptimConfig, {key: value})
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "rsqrt", "constant"])
+def test_every_choice_builds(name, schedule):
+    optimizer = build_optimizer(OptimConfig(name=name, schedule=schedule, clip=None), 100)
+    params = {"up_DF": jnp.ones((2, 3))}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert bool(jnp.all(updates["up_DF"] < 0))  # downhill
