@@ -19,7 +19,7 @@ h3 { font-size: 15px; margin: 0; }
 p { margin: 4px 0 10px; max-width: 78ch; }
 .muted, figcaption { color: #5a5a5a; font-size: 13px; }
 figcaption { margin: 1px 0 8px; min-height: 1.5em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(45%, 200px), 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(45%, 176px), 1fr)); gap: 10px;
   margin: 16px 0 8px; }
 .tile { border: 1px solid #dcdcdc; border-radius: 6px; padding: 9px 12px; }
 .tile b { display: block; font-size: 21px; line-height: 1.25; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -1,5 +1,8 @@
 """Bars and histogram grids, parsed as XML: heights are proportional to values, and one scale serves a whole grid."""
 
+# An element or attribute that is missing fails the test by itself.
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+
 import itertools
 import xml.etree.ElementTree as ET
 

@@ -1,5 +1,8 @@
 """Figures of a whole run: which there are, what they name, and that they hold the numbers of the rows."""
 
+# An element or attribute that is missing fails the test by itself.
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+
 import xml.etree.ElementTree as ET
 
 import pytest

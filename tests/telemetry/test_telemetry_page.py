@@ -1,5 +1,8 @@
 """The frame of the page: well-formed XML, escaped text, nothing loaded from elsewhere."""
 
+# An element or attribute that is missing fails the test by itself.
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+
 import re
 import xml.etree.ElementTree as ET
 

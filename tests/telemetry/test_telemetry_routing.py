@@ -1,5 +1,8 @@
 """Figures about routing: loads relative to an even one, idle experts, units and references, for runs of any shape."""
 
+# An element or attribute that is missing fails the test by itself.
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+
 import base64
 import math
 import xml.etree.ElementTree as ET
