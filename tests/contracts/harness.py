@@ -1,0 +1,141 @@
+"""Runs a sparse layer of the package once per (case, dispatcher, mesh) and the oracle once per case."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from flax import nnx
+
+from sparse_lm.moe.balance import load_balance, z_loss
+from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.stats import unaccounted
+from sparse_lm.moe.types import LayerStats
+from sparse_lm.sharding import DEFAULT
+
+BATCH, LENGTH, WIDTH = 16, 8, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One run: everything that the contracts compare, on the host."""
+
+    y_BLD: np.ndarray
+    loss: float
+    load_balance: float
+    z: float
+    stats: LayerStats
+    unaccounted: int
+    d_weights: dict[str, np.ndarray]
+    d_x: np.ndarray
+
+
+def deviation(got: Any, expected: Any) -> float:
+    """Largest difference as a share of the largest expected value."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert np.all(np.isfinite(got))
+    return float(np.max(np.abs(got - expected), initial=0) / max(np.max(np.abs(expected), initial=0), 1e-30))
+
+
+def on_mesh(mesh: jax.sharding.Mesh | None):
+    """A context in which the mesh is set, if there is one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+@functools.cache
+def inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and a mask with padding at the end of rows, in the middle of one, and a row of nothing else."""
+    x_BLD = np.random.default_rng(0).normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+    mask_BL = np.ones((BATCH, LENGTH), bool)
+    mask_BL[3, 5:] = mask_BL[7, 2:4] = mask_BL[10] = mask_BL[15, 1:] = False
+    return x_BLD, mask_BL
+
+
+def build(case: cases.Case) -> MoE:
+    """The layer with the same weights whatever the dispatcher."""
+    assert case.moe.d_expert is not None
+    return MoE(jax.random.key(1), WIDTH, case.moe.d_expert, case.activation, case.moe, DEFAULT)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """Leaves by the last part of their names, such as up_EDF."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value") for path, _ in leaves]
+    result = {name.rsplit("/", 1)[-1]: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    assert len(result) == len(leaves)
+    return result
+
+
+def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jnp.float32) -> Outcome:
+    """The layer's output, loss, gradients and statistics, from one compiled program."""
+    x, mask = inputs()
+    with on_mesh(mesh):
+        graph, parameters, rest = nnx.split(DEFAULT.shard_parameters(build(case)), nnx.Param, ...)
+        x_BLD = DEFAULT.constrain(jnp.asarray(x, dtype), "BLD")
+        mask_BL = DEFAULT.constrain(jnp.asarray(mask), "BL")
+
+        def loss(parameters, x_BLD, mask_BL, key):
+            key = key if case.training else None
+            y_BLD, stats = nnx.merge(graph, parameters, rest)(x_BLD, mask_BL, key)
+            router = jax.tree.map(lambda leaf: leaf[None], stats.router)
+            tokens = jnp.sum(stats.router.tokens_U)
+            whole = jnp.sum(router.load_UE, axis=1) if case.moe.balance.scope == "global" else None
+            balance, z = load_balance(router, tokens, whole)[0], z_loss(router, tokens)[0]
+            total = jnp.sum(jnp.square(y_BLD.astype(jnp.float32)))
+            total = total + oracle.LOAD_WEIGHT * balance + oracle.Z_WEIGHT * z
+            return total, (y_BLD, balance, z, stats, unaccounted(stats, case.moe.top_k))
+
+        function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        (total, aux), (d_weights, d_x) = function(parameters, x_BLD, mask_BL, jax.random.key(2))
+        y_BLD, balance, z, stats, lost = jax.tree.map(np.asarray, aux)
+    return Outcome(y_BLD, float(total), float(balance), float(z), stats, int(lost), named(d_weights), np.asarray(d_x))
+
+
+@functools.cache
+def expected(name: str) -> tuple[oracle.Answer, float, dict[str, np.ndarray], np.ndarray]:
+    """The oracle's answer, and its loss and gradients by differentiation."""
+    problem = problem_of(name)
+    answer = oracle.layer(problem)
+    loss, d_weights, d_x = oracle.gradients(problem, answer)
+    return answer, loss, dict(d_weights), d_x
+
+
+def problem_of(name: str) -> oracle.Problem:
+    """A router case as the oracle sees it."""
+    case = cases.ROUTER_CASES[name]
+    x_BLD, mask_BL = inputs()
+    weights = {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), nnx.Param)).items()}
+    return oracle.Problem(case.moe, case.activation, case.training, weights, x_BLD.astype(np.float64), mask_BL)
+
+
+def compare(got: Outcome, name: str) -> dict[str, float]:
+    """Deviation from the oracle, by quantity; raises where a count differs."""
+    answer, loss, d_weights, d_x = expected(name)
+    router, dispatch = got.stats.router, got.stats.dispatch
+    for field in ("tokens", "padding", "declined"):
+        np.testing.assert_array_equal(getattr(router, f"{field}_U"), [getattr(unit, field) for unit in answer.units])
+    np.testing.assert_array_equal(router.load_UE, [unit.load_E for unit in answer.units])
+    assert int(dispatch.kept) == answer.kept_TK.sum()
+    assert int(dispatch.dropped) == (answer.used_TK & ~answer.kept_TK).sum()
+    served = [int(((answer.kept_TK.sum(1) == k) & inputs()[1].reshape(-1)).sum()) for k in range(len(dispatch.served))]
+    np.testing.assert_array_equal(dispatch.served, served)
+    assert got.d_weights.keys() == d_weights.keys()
+    return {
+        "y": deviation(got.y_BLD, answer.y_BLD),
+        "loss": deviation(got.loss, loss),
+        "load_balance": deviation(got.load_balance, answer.load_balance),
+        "z_loss": deviation(got.z, answer.z),
+        "importance": deviation(router.importance_UE, [unit.importance_E for unit in answer.units]),
+        "z": deviation(router.z_U, [unit.z for unit in answer.units]),
+        "entropy": deviation(router.entropy_U, [unit.entropy for unit in answer.units]),
+        "d_x": deviation(got.d_x, d_x),
+        **{f"d_{key}": deviation(got.d_weights[key], value) for key, value in d_weights.items()},
+    }

@@ -1,0 +1,113 @@
+"""A sparse layer equals the float64 oracle: output, loss, gradients and counts; for every router, dispatcher, mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import cases
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.routers import ROUTERS
+from sparse_lm.moe.routers.top_k import TopK
+
+TOLERANCE = 1e-5  # of the largest value of each quantity
+
+
+def test_every_router_and_dispatcher_of_the_package_has_a_case():
+    missing = set(ROUTERS) - {case.moe.router.kind for case in cases.ROUTER_CASES.values()}
+    assert not missing, f"add to ROUTER_CASES in tests/contracts/cases.py: {sorted(missing)}"
+    assert set(DISPATCHERS) == set(cases.DISPATCHERS)
+    assert {case.moe.priority for case in cases.ROUTER_CASES.values()} == {"first_choice", "token", "probability"}
+    assert {case.moe.balance.scope for case in cases.ROUTER_CASES.values()} == {"sequence", "group", "global"}
+    assert {case.activation for case in cases.ROUTER_CASES.values()} == {"relu", "gelu", "geglu", "swiglu"}
+
+
+@pytest.mark.parametrize("option", ["gate", "renormalise", "second_expert"])
+def test_every_word_of_a_top_k_option_has_a_case(option):
+    words = {field.name: field.type for field in dataclasses.fields(TopK)}[option]
+    used = {getattr(case.moe.router, option) for case in cases.ROUTER_CASES.values()}
+    assert all(f'"{word}"' in str(words) or f"'{word}'" in str(words) for word in used)
+    assert str(words).count(",") + 1 == len(used), f"{words}: only {sorted(used)} have a case"
+
+
+@pytest.mark.parametrize(("name", "dispatcher"), list(itertools.product(cases.ROUTER_CASES, cases.DISPATCHERS)))
+def test_layer_equals_the_oracle(name, dispatcher, record_property):
+    got = harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher))
+    _check(got, name, record_property)
+
+
+@pytest.mark.parametrize(
+    ("name", "dispatcher", "sizes"), list(itertools.product(cases.MESH_CASES, cases.DISPATCHERS, cases.MESHES))
+)
+def test_layer_on_a_mesh_equals_the_oracle(name, dispatcher, sizes, mesh_of, record_property):
+    got = harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher), mesh_of(**cases.MESHES[sizes]))
+    _check(got, name, record_property)
+
+
+def _check(got, name, record_property):
+    assert got.unaccounted == 0
+    deviations = harness.compare(got, name)
+    worst = max(deviations, key=lambda key: deviations[key])
+    record_property("worst", f"{worst} {deviations[worst]:.2g}")
+    assert deviations[worst] < TOLERANCE, {key: value for key, value in deviations.items() if value >= TOLERANCE}
+
+
+@pytest.mark.parametrize("dispatcher", cases.DISPATCHERS)
+@pytest.mark.parametrize("name", ["switch_shared", "top2_after_drop"])
+def test_bfloat16_is_close_and_keeps_the_statistics_in_float32(name, dispatcher):
+    got = harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher), dtype=jnp.bfloat16)
+    # The oracle sees the rounded input, so that both route alike; the rest is the rounding of the experts.
+    exact = harness.run(cases.ROUTER_CASES[name], dtype=jnp.bfloat16)
+    full = harness.run(dataclasses.replace(cases.ROUTER_CASES[name]))
+    assert got.y_BLD.dtype == jnp.bfloat16
+    assert got.d_x.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(got.d_weights)} == {np.dtype("float32")}
+    for field in ("importance_UE", "z_U", "entropy_U"):
+        assert getattr(got.stats.router, field).dtype == np.float32
+    for field in ("tokens_U", "padding_U", "declined_U", "load_UE"):
+        assert getattr(got.stats.router, field).dtype == np.int32
+    assert got.unaccounted == 0
+    np.testing.assert_array_equal(got.stats.dispatch.kept, exact.stats.dispatch.kept)
+    assert harness.deviation(got.y_BLD, exact.y_BLD) < 1e-2
+    assert harness.deviation(got.loss, full.loss) < 2e-2
+
+
+def noisy(dispatcher):
+    """Everything random at once: jitter, the policy for the second expert, expert dropout."""
+    case = cases.dispatched(cases.ROUTER_CASES["top2_token"], dispatcher)
+    router = dataclasses.replace(case.moe.router, jitter=0.3, second_expert="gshard")
+    return dataclasses.replace(case, moe=case.moe.replace(router=router, expert_dropout=0.3, num_shared=1))
+
+
+@pytest.fixture(scope="module")
+def noisy_reference():
+    return harness.run(noisy("dense"))
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "sizes"),
+    [(name, "one") for name in cases.DISPATCHERS]
+    + [(name, sizes) for name in ("gather", "all_to_all") for sizes in cases.MESHES if sizes != "one"]
+    + [(name, "fsdp2-expert2-model2") for name in ("dense", "einsum")],
+)
+def test_noise_is_the_same_on_every_mesh_and_dispatcher(dispatcher, sizes, mesh_of, noisy_reference):
+    got = harness.run(noisy(dispatcher), mesh_of(**cases.MESHES[sizes]))
+    assert got.unaccounted == 0
+    for one, other in zip(jax.tree.leaves(got.stats), jax.tree.leaves(noisy_reference.stats), strict=True):
+        assert harness.deviation(one, other) < TOLERANCE
+    assert harness.deviation(got.y_BLD, noisy_reference.y_BLD) < TOLERANCE
+    assert harness.deviation(got.d_x, noisy_reference.d_x) < TOLERANCE
+    for key, value in noisy_reference.d_weights.items():
+        assert harness.deviation(got.d_weights[key], value) < TOLERANCE, key
+
+
+def test_the_noise_is_there(noisy_reference):
+    quiet = harness.run(cases.dispatched(cases.ROUTER_CASES["top2_token"], "dense"))
+    assert noisy_reference.stats.router.declined_U.sum() > 0
+    assert harness.deviation(quiet.stats.router.importance_UE, noisy_reference.stats.router.importance_UE) > 1e-3
