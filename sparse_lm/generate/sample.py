@@ -38,7 +38,7 @@ class Sampling(Config):
 def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits after temperature, top-k and nucleus, -inf where a token is out; their softmax is what is drawn from.
 
-    Of equally probable tokens the one with the lower id comes first. Temperature 0 leaves the most probable token alone.
+    Of equally probable tokens the one with the lower id comes first. With temperature 0 only the first token stays.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     top_k, top_p = sampling.top_k, sampling.top_p

@@ -163,13 +163,8 @@ def table(config: ModelConfig, length: int) -> str:
     rows.append(("total", f"{counts.total:,}", f"{counts.active:,}", f"{counts.flops_per_token(length):,}"))
     rows.append(("without embeddings", f"{counts.non_embedding:,}", f"{counts.active_non_embedding:,}", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [[row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4))] for row in rows]
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:

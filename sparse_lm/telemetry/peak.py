@@ -12,6 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.sharding import make_mesh
+
 # Dense bfloat16 FLOP/s of one device as its vendor states it, sparsity not counted. A pattern matches the whole
 # `device_kind`; other forms of the same chip (H100 PCIe, H100 NVL) are slower, match nothing, and are measured.
 PUBLISHED = (
@@ -25,6 +27,7 @@ PUBLISHED = (
 )
 SMALLEST, LARGEST = 512, 8192
 LONG_ENOUGH = 0.02  # seconds that a product should take, so that starting it does not count
+MOST = 50  # products that are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Peak:
     device_kind: str
 
 
-def device_peak(dtype: str = "float32") -> Peak:
-    """The peak of the default device: the published bfloat16 one where it is known, else as measured in `dtype`.
+def matmul_peak(dtype: str = "float32") -> Peak:
+    """The peak of matrix products on the default device: the published bfloat16 one where it is known, else as measured in `dtype`.
 
     Published peaks are those of bfloat16 whatever `dtype` is, since that is what MFU means in the literature.
     """
@@ -45,7 +48,7 @@ def device_peak(dtype: str = "float32") -> Peak:
     published = published_peak(kind)
     if published is not None:
         return Peak(published, "published", kind)
-    return Peak(matmul_peak(dtype), "measured", kind)
+    return Peak(measured_peak(dtype), "measured", kind)
 
 
 def published_peak(device_kind: str) -> float | None:
@@ -53,35 +56,38 @@ def published_peak(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PUBLISHED if re.fullmatch(pattern, device_kind)), None)
 
 
-def matmul_peak(dtype: str = "float32", seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> float:
+def measured_peak(
+    dtype: str = "float32", seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """FLOP/s of a square matrix product on the default device: the median of as many as fit into about `seconds`.
 
     The matrices grow until a product takes 20 ms. On a host whose cores are busy this is what is left of them: measure
-    while nothing else runs, and before a mesh is set. Raises `ValueError` when `seconds` is not above 0.
+    while nothing else runs. A mesh that is set plays no part. Raises `ValueError` when `seconds` is not above 0.
     """
     if seconds <= 0:
         raise ValueError(f"seconds={seconds}: must be above 0; the default is 0.3")
-    size, product = SMALLEST, jax.jit(jnp.matmul)
+    with jax.set_mesh(make_mesh({}, jax.local_devices()[:1])):
+        size = SMALLEST
+        timed = _product(size, dtype, clock)
+        once = timed()
+        while once < LONG_ENOUGH and size < LARGEST:
+            size *= 2
+            timed = _product(size, dtype, clock)
+            once = timed()
+        repeats = min(MOST, max(2, int(seconds / max(once, 1e-9))))
+        times = [once, *(timed() for _ in range(repeats))]
+    return 2 * size**3 / statistics.median(times)
 
-    def timed(x: jax.Array) -> float:
+
+def _product(size: int, dtype: str, clock: Callable[[], float]) -> Callable[[], float]:
+    """Multiplies two matrices of this size, compiled, and returns the seconds that it took."""
+    x = jnp.full((size, size), 1 / size, dtype)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    jax.block_until_ready(product(x, x))  # the first call is slower
+
+    def timed() -> float:
         start = clock()
         jax.block_until_ready(product(x, x))
         return clock() - start
 
-    while True:
-        x = jax.device_put(jnp.full((size, size), 1 / size, dtype), jax.local_devices()[0])
-        jax.block_until_ready(product(x, x))  # compiles
-        once = timed(x)
-        if once >= LONG_ENOUGH or size >= LARGEST:
-            break
-        size *= 2
-    times = [once, *(timed(x) for _ in range(min(50, max(2, int(seconds / max(once, 1e-9))))))]
-    return 2 * size**3 / statistics.median(times)
-
-
-def mfu(tokens_per_second: float, flops_per_token: float, peak: Peak, devices: int) -> float:
-    """Model FLOPs utilisation: the share of all devices' peak that goes into the model's own FLOPs.
-
-    flops_per_token: of training, without recomputation (see `models.counts`). Source: Chowdhery et al. 2022, appendix B.
-    """
-    return tokens_per_second * flops_per_token / (peak.flops_per_second * devices)
+    return timed

@@ -1,0 +1,57 @@
+"""Continues a prompt with a trained model; the text is written to stdout while it comes, the prompt first.
+
+python experiments/generate.py --workdir=runs/a --prompt="def " --max_new_tokens=200
+    [--temperature=0.8 --top_k=40 --top_p=0.95 --seed=1]  [--best | --step=1000]
+
+A model of bytes stops at the end of its document; its empty prompt starts from the token that ends one. Synthetic
+languages read the ids of their data: --prompt="3 0 17" (grammar), --prompt="| a3 b17" (facts).
+"""
+
+from absl import flags
+from common import run
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+PROMPT = flags.DEFINE_string("prompt", "", "What is continued.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Stop after this many tokens.")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Logits are divided by it; 0 always takes the most probable token."
+)
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most probable tokens; left out: from all.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draw from the fewest tokens of this probability; left out: from all.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws: the same seed gives the same text.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; left out: the newest.")
+BEST = flags.DEFINE_bool("best", False, "Take the checkpoint with the lowest validation loss.")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    """Loads the newest, the best or the given checkpoint and writes its continuation of the prompt."""
+    import jax
+
+    from sparse_lm.config import ConfigError
+    from sparse_lm.data.tokenizers import ByteTokenizer
+    from sparse_lm.generate.sample import Sampling
+    from sparse_lm.generate.stream import generate
+    from sparse_lm.generate.text import TextStream
+    from sparse_lm.sharding import make_mesh
+    from sparse_lm.train.restore import load_model
+
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+    with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
+        loaded = load_model(WORKDIR.value, STEP.value, BEST.value)
+        try:
+            prompt = loaded.tokenizer.encode(PROMPT.value)
+        except ValueError as error:
+            raise ConfigError("prompt", PROMPT.value, str(error)) from error
+        eos = ByteTokenizer.eos if isinstance(loaded.tokenizer, ByteTokenizer) else None
+        key = jax.random.key(SEED.value)
+        steps = generate(loaded.model, [prompt], sampling, MAX_NEW_TOKENS.value, key, eos)
+        text = TextStream(loaded.tokenizer)
+        print(text.push(prompt), end="", flush=True)
+        for step in steps:
+            print(text.push(step), end="", flush=True)
+        print(text.finish())
+
+
+if __name__ == "__main__":
+    run(main)
