@@ -38,7 +38,7 @@ def main() -> None:
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
-        loaded = load_model(WORKDIR.value, STEP.value, BEST.value)
+        loaded = load_model(str(WORKDIR.value), STEP.value, BEST.value)
         try:
             prompt = loaded.tokenizer.encode(PROMPT.value)
         except ValueError as error:

@@ -19,10 +19,12 @@ from flax import nnx
 
 from sparse_lm.config import ConfigError
 from sparse_lm.generate.sample import Sampling, sample
+from sparse_lm.models.block import Block
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder
-from sparse_lm.models.stack import Cache
+from sparse_lm.models.stack import Cache, Stack
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.layer import MoE
 
 SHORTEST = 16  # prompts are padded to a power of two, at least this, so that few lengths are ever compiled
 
@@ -45,11 +47,10 @@ def for_generation(model: Decoder) -> Decoder:
         )
     copy = jax.tree.map(lambda leaf: leaf, model)  # new modules around the same arrays
     for _, module in nnx.iter_modules(copy):
-        config = getattr(module, "config", None)
-        if isinstance(config, ModelConfig) and config.moe is not None:
-            module.config = config.replace(moe=_dropless(config.moe))
-        elif isinstance(config, MoEConfig):
-            module.config = _dropless(config)
+        if isinstance(module, MoE):
+            module.config = _dropless(module.config)
+        elif isinstance(module, Decoder | Stack | Block):
+            module.config = module.config.replace(moe=_dropless(moe))
     return copy
 
 

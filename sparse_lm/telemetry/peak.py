@@ -39,8 +39,8 @@ class Peak:
     device_kind: str
 
 
-def matmul_peak(dtype: str = "float32") -> Peak:
-    """The peak of matrix products on the default device: the published bfloat16 one where it is known, else as measured in `dtype`.
+def device_peak(dtype: str = "float32") -> Peak:
+    """The peak of the default device: the published bfloat16 one where it is known, else as measured in `dtype`.
 
     Published peaks are those of bfloat16 whatever `dtype` is, since that is what MFU means in the literature.
     """
@@ -48,7 +48,7 @@ def matmul_peak(dtype: str = "float32") -> Peak:
     published = published_peak(kind)
     if published is not None:
         return Peak(published, "published", kind)
-    return Peak(measured_peak(dtype), "measured", kind)
+    return Peak(matmul_peak(dtype), "measured", kind)
 
 
 def published_peak(device_kind: str) -> float | None:
@@ -56,7 +56,7 @@ def published_peak(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PUBLISHED if re.fullmatch(pattern, device_kind)), None)
 
 
-def measured_peak(
+def matmul_peak(
     dtype: str = "float32", seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """FLOP/s of a square matrix product on the default device: the median of as many as fit into about `seconds`.
