@@ -9,49 +9,50 @@ python experiments/train.py --config=configs/quickstart.py --workdir=runs/a
 import sys
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
+from common import define_config, experiment, run
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment to run, a file of configs/.", lock_config=False, accept_new_attributes=True
-)
+CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run that is there is resumed.")
-DEVICES = flags.DEFINE_integer("devices", None, "Number of virtual CPU devices; None uses the machine's own.", 1)
-SAMPLE_PROMPT = flags.DEFINE_string("sample_prompt", "def ", "What the continuation in the end begins with.")
+PROMPT = flags.DEFINE_string("sample_prompt", "def ", "What the printed continuation begins with.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> None:
-    """Parses, trains, prints a sample and what to do next."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    import jax
-
-    if DEVICES.value:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", DEVICES.value)
-    from sparse_lm.config import ConfigError, from_dict
-    from sparse_lm.data.documents import DataError
-    from sparse_lm.experiment import Experiment
-    from sparse_lm.generate.sample import sample_text
-    from sparse_lm.train.checkpoint import CheckpointError
-    from sparse_lm.train.loop import TrainingError
+def main() -> None:
+    """Trains, then prints a sample and what to do next."""
     from sparse_lm.train.session import train
 
     workdir = Path(WORKDIR.value)
-    try:
-        session = train(from_dict(Experiment, CONFIG.value), workdir, sys.stdout)
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    session = train(experiment(CONFIG.value), workdir, sys.stdout)
     tokens = session.experiment.train.sample_tokens
-    if session.outcome.stopped or not tokens:
+    if session.outcome.stopped:
         return
-    text = sample_text(session.outcome.model, session.dataset.tokenizer, SAMPLE_PROMPT.value, tokens, session.experiment.seed)
-    print(f"\nsample ({tokens} tokens, temperature 0.8):\n{text}\n")
+    if tokens and session.experiment.data.source in ("stdlib", "text"):
+        print_sample(session, tokens)
     print("next:")
     print(f"  python experiments/generate.py --workdir={workdir} --prompt='import '")
     print(f"  python experiments/train.py --config=configs/quickstart.py:dense --workdir={workdir}_dense")
 
 
+def print_sample(session, tokens: int) -> None:
+    """Prints a continuation of the prompt by the trained model."""
+    import jax
+
+    from sparse_lm.generate.sample import Sampling
+    from sparse_lm.generate.stream import generate
+    from sparse_lm.generate.text import TextStream
+
+    text = TextStream(session.dataset.tokenizer)
+    prompt = session.dataset.tokenizer.encode(PROMPT.value)
+    model = jax.device_get(session.outcome.model)  # off the mesh: one sequence cannot be shared
+    if model.config.position == "learned":
+        tokens = min(tokens, model.config.max_length - len(prompt))
+    steps = generate(model, [prompt], Sampling(0.8, top_p=0.95), tokens, jax.random.key(session.experiment.seed))
+    print(f"\nsample of {tokens} tokens (temperature 0.8, top_p 0.95):\n{PROMPT.value}", end="")
+    for step in steps:
+        print(text.push(step), end="", flush=True)
+    print(text.finish() + "\n")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

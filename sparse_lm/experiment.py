@@ -32,10 +32,6 @@ class Experiment(Config):
     def check(self) -> None:
         """Raises `ConfigError` for what can be known before the devices are."""
         moe, length = self.model.moe, self.data.length
-        if self.optim.warmup_steps > self.train.steps:
-            raise ConfigError(
-                "optim.warmup_steps", self.optim.warmup_steps, f"is more than train.steps={self.train.steps}"
-            )
         max_length = self.model.max_length
         if self.model.position == "learned" and max_length is not None and max_length < length:
             raise ConfigError("model.max_length", max_length, f"must be at least data.length={length}")

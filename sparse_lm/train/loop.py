@@ -22,7 +22,7 @@ from sparse_lm.optim.build import build_optimizer
 from sparse_lm.optim.schedules import schedule
 from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded, put
 from sparse_lm.telemetry.clock import Clock
-from sparse_lm.telemetry.peak import matmul_peak
+from sparse_lm.telemetry.peak import device_peak
 from sparse_lm.telemetry.progress import Progress, Status
 from sparse_lm.telemetry.sinks import METRICS_NAME, TENSORBOARD_NAME, MetricsFile, Sinks, TensorBoardSink
 from sparse_lm.train.checkpoint import Checkpoints
@@ -151,9 +151,10 @@ class Recorder:
         self.last: dict[str, dict[str, Any]] = {}
         self.pending: tuple[int, StepMetrics] | None = None
         self.tokens = experiment.train.batch_size * experiment.data.length
-        peak = matmul_peak("bfloat16" if experiment.model.dtype == "bfloat16" else "float32")
-        flops = counts.flops_per_token(experiment.data.length)
-        self.mfu_per_rate = flops / (peak.flops_per_second * jax.device_count())
+        # Virtual CPU devices share the cores that the peak was measured on.
+        devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+        peak = device_peak(experiment.model.dtype).flops_per_second * devices
+        self.mfu_per_rate = counts.flops_per_token(experiment.data.length) / peak
 
     def flush(self) -> None:
         """Waits for the pending step, if there is one, and records it."""

@@ -10,7 +10,7 @@ import jax
 
 from sparse_lm.data.loader import Dataset, build_dataset
 from sparse_lm.experiment import Experiment, resolved
-from sparse_lm.models.counts import Counts, count_parameters, table
+from sparse_lm.models.counts import Counts, count, table
 from sparse_lm.sharding import make_mesh
 from sparse_lm.telemetry.report import write_report
 from sparse_lm.telemetry.rundata import load_run, verdict
@@ -42,7 +42,7 @@ def train(experiment: Experiment, workdir: Path, stream: TextIO) -> Session:
     stored = read_info(workdir)
     if stored is not None:
         check_resumable(stored, experiment, dataset.fingerprint)
-    counts = count_parameters(experiment.model)
+    counts = count(experiment.model)
     _introduce(experiment, dataset, counts, sizes, stream)
     write_info(workdir, describe_run(experiment, dataset, _parameters(counts, experiment)))
     mesh = make_mesh(sizes)
