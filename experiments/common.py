@@ -1,0 +1,66 @@
+"""What the mains share: flags for an experiment, virtual devices, and errors as one line instead of a traceback."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+DEVICES = flags.DEFINE_integer("devices", None, "Run on N virtual CPU devices; None uses the machine's own.", 1)
+_OFF: list[str] = []  # dotted keys that the command line sets to None
+
+
+def define_config() -> flags.FlagHolder:
+    """The flag --config=FILE with its overrides --config.KEY=VALUE; VALUE None turns an option off."""
+    for i, argument in reversed(list(enumerate(sys.argv))):
+        key, _, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and key.startswith("config.") and value == "None":
+            _OFF.append(key.removeprefix("config."))
+            del sys.argv[i]
+    # Keys that the file does not have are let through, so that the error can name the closest one that there is.
+    return config_flags.DEFINE_config_file(
+        "config", None, "Experiment to run, a file of configs/.", lock_config=False, accept_new_attributes=True
+    )
+
+
+def experiment(config):
+    """The checked experiment that the flags describe. Raises `ConfigError`."""
+    from sparse_lm.config import ConfigError, closest, from_dict
+    from sparse_lm.experiment import Experiment
+
+    for key in _OFF:
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            node = node.get(parent)
+        if node is None or name not in node:
+            raise ConfigError(key, None, f"unknown key; {closest(name, node or config)}")
+        with node.ignore_type():
+            node[name] = None
+    return from_dict(Experiment, config)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, sets up the devices and calls `main`; an expected error is one line and exit status 2."""
+
+    def start(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.ERROR)
+        import jax
+
+        if DEVICES.value:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", DEVICES.value)
+        from sparse_lm.config import ConfigError
+        from sparse_lm.data.documents import DataError
+        from sparse_lm.train.loop import TrainingError
+        from sparse_lm.train.manifest import CheckpointError
+
+        try:
+            main()
+        except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(start)
