@@ -8,14 +8,17 @@ from ml_collections import config_flags
 
 DEVICES = flags.DEFINE_integer("devices", None, "Run on N virtual CPU devices; None uses the machine's own.", 1)
 _OFF: list[str] = []  # dotted keys that the command line sets to None
+_SET: list[str] = []  # dotted keys that it sets to something else
 
 
 def define_config() -> flags.FlagHolder:
     """The flag --config=FILE with its overrides --config.KEY=VALUE; VALUE None turns an option off."""
     for i, argument in reversed(list(enumerate(sys.argv))):
         key, _, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and key.startswith("config.") and value == "None":
-            _OFF.append(key.removeprefix("config."))
+        if not argument.startswith("-") or not key.startswith("config."):
+            continue
+        (_OFF if value == "None" else _SET).append(key.removeprefix("config."))
+        if value == "None":
             del sys.argv[i]
     # Keys that the file does not have are let through, so that the error can name the closest one that there is.
     return config_flags.DEFINE_config_file(
@@ -29,15 +32,25 @@ def experiment(config):
     from sparse_lm.experiment import Experiment
 
     for key in _OFF:
-        *parents, name = key.split(".")
-        node = config
-        for parent in parents:
-            node = node.get(parent)
+        node, name = _node(config, key)
         if node is None or name not in node:
             raise ConfigError(key, None, f"unknown key; {closest(name, node or config)}")
         with node.ignore_type():
             node[name] = None
+    for key in _SET:
+        node, name = _node(config, key)
+        if name == "kind":  # another kind starts from its own defaults, not from the options of the file's
+            chosen = {k.rpartition(".")[2] for k in _SET if k.rpartition(".")[0] == key.rpartition(".")[0]}
+            for other in [option for option in node if option not in chosen]:
+                del node[other]
     return from_dict(Experiment, config)
+
+
+def _node(config, key: str):
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = None if config is None else config.get(parent)
+    return config, name
 
 
 def run(main: Callable[[], None]) -> None:

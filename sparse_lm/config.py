@@ -74,7 +74,7 @@ class Config:
         return dataclasses.replace(self, **flat)  # type: ignore[type-var]
 
 
-def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+def from_dict(cls: type, values: Mapping[str, Any] | config_dict.ConfigDict) -> Any:
     """Builds a `Config` from nested mappings; keys left out take their defaults.
 
     Raises `ConfigError` on an unknown key (naming the closest known one), a wrong type, a value out of bounds, or
@@ -84,7 +84,7 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     built = {}
     for key, value in values.items():
-        if key == KIND and key not in fields:
+        if key == KIND and value == getattr(cls, KIND, None):
             continue
         if key not in fields:
             raise ConfigError(key, value, f"unknown key; {closest(key, fields)}")

@@ -10,6 +10,7 @@
 | H | query heads | | N | layers |
 | J | key/value heads | | V | vocabulary |
 | I | width of a head | | U | statistics units (see `moe.types.RouterStats`) |
+| M | all tokens of a device, groups flat | | R | rows of an expert (its slots in all groups) |
 
 Letters on parameters and activations are the logical axes that `sparse_lm.sharding` maps to mesh axes.
 """
@@ -31,4 +32,6 @@ LETTERS = {
     "N": "layers",
     "V": "vocabulary",
     "U": "statistics units",
+    "R": "rows of an expert",
+    "M": "tokens of a device",
 }

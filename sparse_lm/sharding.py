@@ -238,6 +238,9 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
 
     Raises `ValueError` naming the axis when the sizes cannot tile the devices.
     """
+    unknown = sorted(sizes.keys() - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"unknown mesh axis {unknown[0]!r}; known: {', '.join(MESH_AXES)}")
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     free = [axis for axis, size in shape.items() if size == -1]
     bad = [axis for axis, size in shape.items() if size != -1 and size < 1]

@@ -54,6 +54,8 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
             dropped = float(stats.dispatch.dropped.sum() / max(1.0, stats.router.load_UE.sum()))
             violation = float(np.mean(max_violation(stats.router.load_UE.sum(axis=1))))
         by_domain = {name: float(nats[i] / targets[i]) for i, name in enumerate(domains) if targets[i] > 0}
-        return Evaluation(float(nats.sum() / max(1.0, targets.sum())), by_domain, int(targets.sum()), dropped, violation)
+        return Evaluation(
+            float(nats.sum() / max(1.0, targets.sum())), by_domain, int(targets.sum()), dropped, violation
+        )
 
     return evaluate

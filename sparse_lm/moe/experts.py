@@ -36,29 +36,29 @@ class Experts(nnx.Module):
 
     def __call__(
         self,
-        x_EXD: Float[Array, "E X D"],
-        ids_EX: Int[Array, "E X"] | None = None,
+        x_ERD: Float[Array, "E R D"],
+        ids_ER: Int[Array, "E R"] | None = None,
         key: jax.Array | None = None,
-    ) -> Float[Array, "E X D"]:
-        """Expert e applied to each of its X rows; the weights in memory may be a shard along E and F.
+    ) -> Float[Array, "E R D"]:
+        """Expert e applied to each of its R rows; the weights in memory may be a shard along E and F.
 
-        With a shard of F the result is a partial sum. key and ids_EX: for dropout, a number per (token, expert) that
+        With a shard of F the result is a partial sum. key and ids_ER: for dropout, a number per (token, expert) that
         seeds the mask of its row, so that the mask does not depend on where the row is computed.
         """
-        up_EXF = jnp.einsum("EXD,EDF->EXF", x_EXD, self.up_EDF[...])
-        gate_EXF = None if self.gate_EDF is None else jnp.einsum("EXD,EDF->EXF", x_EXD, self.gate_EDF[...])
-        hidden_EXF = activate(self.kind, up_EXF, gate_EXF)
-        if key is not None and ids_EX is not None and self.dropout_rate > 0:
-            hidden_EXF = _row_dropout(hidden_EXF, self.dropout_rate, key, ids_EX, self.d_hidden)
-        return jnp.einsum("EXF,EFD->EXD", hidden_EXF, self.down_EFD[...])
+        up_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, self.up_EDF[...])
+        gate_ERF = None if self.gate_EDF is None else jnp.einsum("ERD,EDF->ERF", x_ERD, self.gate_EDF[...])
+        hidden_ERF = activate(self.kind, up_ERF, gate_ERF)
+        if key is not None and ids_ER is not None and self.dropout_rate > 0:
+            hidden_ERF = _row_dropout(hidden_ERF, self.dropout_rate, key, ids_ER, self.d_hidden)
+        return jnp.einsum("ERF,EFD->ERD", hidden_ERF, self.down_EFD[...])
 
 
-def _row_dropout(hidden_EXF, rate, key, ids_EX, d_hidden):
+def _row_dropout(hidden_ERF, rate, key, ids_ER, d_hidden):
     def row(row_id):
         return jax.random.bernoulli(jax.random.fold_in(key, row_id), 1 - rate, (d_hidden,))
 
-    keep_EXF = jax.vmap(jax.vmap(row))(ids_EX)
-    if hidden_EXF.shape[-1] < d_hidden:  # a shard of the hidden width: its own columns of the whole mask
-        start = jax.lax.axis_index("model") * hidden_EXF.shape[-1]
-        keep_EXF = jax.lax.dynamic_slice_in_dim(keep_EXF, start, hidden_EXF.shape[-1], axis=-1)
-    return jnp.where(keep_EXF, hidden_EXF / (1 - rate), jnp.zeros((), hidden_EXF.dtype))
+    keep_ERF = jax.vmap(jax.vmap(row))(ids_ER)
+    if hidden_ERF.shape[-1] < d_hidden:  # a shard of the hidden width: its own columns of the whole mask
+        start = jax.lax.axis_index("model") * hidden_ERF.shape[-1]
+        keep_ERF = jax.lax.dynamic_slice_in_dim(keep_ERF, start, hidden_ERF.shape[-1], axis=-1)
+    return jnp.where(keep_ERF, hidden_ERF / (1 - rate), jnp.zeros((), hidden_ERF.dtype))

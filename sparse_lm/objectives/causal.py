@@ -76,7 +76,7 @@ def causal_loss(
     logits_BLV, stats = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
     weight_BL = predicted(batch).astype(jnp.float32)
     nats_BL = token_losses(logits_BLV, batch.tokens_BL[:, 1:]) * weight_BL
-    domain_BLM = batch.domains_BL[:, 1:, None] == jnp.arange(num_domains)
+    in_domain = batch.domains_BL[:, 1:, None] == jnp.arange(num_domains)
     loss = jnp.sum(nats_BL) / jnp.maximum(totals.targets, 1)
     balance_N = z_N = jnp.zeros((0,), jnp.float32)
     total = loss
@@ -95,8 +95,8 @@ def causal_loss(
         loss=loss,
         load_balance_N=balance_N,
         z_N=z_N,
-        domain_loss=jnp.sum(nats_BL[..., None] * domain_BLM, axis=(0, 1)),
-        domain_targets=jnp.sum(weight_BL[..., None] * domain_BLM, axis=(0, 1)),
+        domain_loss=jnp.sum(nats_BL[..., None] * in_domain, axis=(0, 1)),
+        domain_targets=jnp.sum(weight_BL[..., None] * in_domain, axis=(0, 1)),
         stats=stats,
     )
     return total, parts

@@ -28,8 +28,7 @@ def build_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransforma
     `update` needs the parameters as its third argument; their names tell which of them decay (see `groups`). Works
     under explicit sharding: the state is laid out like the parameters that it belongs to.
 
-    Raises `ConfigError` when the schedule does not fit into `steps`; `update` and `init` raise `ValueError` on a
-    parameter whose name does not say its axes.
+    `update` and `init` raise `ValueError` on a parameter whose name does not say its axes.
     """
     precondition = {
         "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps),

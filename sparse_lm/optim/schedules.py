@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.config import ConfigError
 from sparse_lm.optim.config import OptimConfig
 
 
@@ -17,18 +16,11 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     `final_fraction` * peak at the last update, number steps - 1, and stay there beyond it; `rsqrt` is
     peak * sqrt(w / (count + 1)), the schedule of T5 (Raffel et al. 2020, section 3.1.2) continuous at the peak.
 
-    Raises `ConfigError` when the training ends before the warm-up does: the peak would never be reached.
+    A training that ends before the warm-up does never reaches the peak.
     """
-    if config.warmup_steps > steps:
-        raise ConfigError(
-            "optim.warmup_steps",
-            config.warmup_steps,
-            f"training ends after train.steps={steps}, before the peak rate is reached; "
-            f"set it to {steps} or less, for example {steps // 10}",
-        )
     peak, warmup = config.learning_rate, max(config.warmup_steps, 1)
     rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
-    return optax.join_schedules([rise, _fall(config, steps - warmup, warmup)], [warmup - 1])
+    return optax.join_schedules([rise, _fall(config, max(0, steps - warmup), warmup)], [warmup - 1])
 
 
 def _fall(config: OptimConfig, updates: int, warmup: int) -> optax.Schedule:

@@ -56,9 +56,7 @@ def published_peak(device_kind: str) -> float | None:
     return next((peak for pattern, peak in PUBLISHED if re.fullmatch(pattern, device_kind)), None)
 
 
-def matmul_peak(
-    dtype: str = "float32", seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def matmul_peak(dtype: str = "float32", seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of a square matrix product on the default device: the median of as many as fit into about `seconds`.
 
     The matrices grow until a product takes 20 ms. On a host whose cores are busy this is what is left of them: measure

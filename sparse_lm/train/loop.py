@@ -24,7 +24,7 @@ from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded, put
 from sparse_lm.telemetry.clock import Clock
 from sparse_lm.telemetry.peak import device_peak
 from sparse_lm.telemetry.progress import Progress, Status
-from sparse_lm.telemetry.sinks import METRICS_NAME, TENSORBOARD_NAME, MetricsFile, Sinks, TensorBoardSink
+from sparse_lm.telemetry.sinks import Sinks, open_sinks
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.rows import train_row, validation_row
 from sparse_lm.train.run import CHECKPOINTS_NAME
@@ -79,9 +79,8 @@ class Trainer:
             resumed = checkpoints.latest_step()
             state, extra = self._start(checkpoints, resumed)
             first = resumed or 0
-            metrics_file = MetricsFile(self.workdir / METRICS_NAME)
-            metrics_file.truncate_after(first)
-            sinks = Sinks((metrics_file, TensorBoardSink(self.workdir / TENSORBOARD_NAME)))
+            # Also without a checkpoint: a run that was killed before its first one has left rows behind.
+            sinks = open_sinks(self.workdir, resume_step=first)
             clock = Clock(train.steps, seconds_before=extra.get("seconds", 0.0))
             with contextlib.closing(sinks), Progress(train.steps, stream) as progress, _signals() as stop:
                 recorder = Recorder(self, (sinks, clock, progress), counts, first)
@@ -97,10 +96,11 @@ class Trainer:
                     # The row of the step before is made while the devices work on this one.
                     recorder.flush()
                     recorder.pending = (step, metrics)
-                    state = self._look(state, step, step == train.steps or bool(stop), recorder, checkpoints)
-                recorder.flush()
+                    self._look(state, step, recorder, checkpoints)
                 stopped = step < train.steps
                 if stopped:
+                    # Only saved, not evaluated: who sends the signal may not wait long.
+                    self._save(state, step, None, recorder, checkpoints)
                     progress.message(f"stopped by a signal at step {step}; the same command goes on from there")
         return Outcome(state.model, step, resumed, stopped, recorder.last)
 
@@ -115,11 +115,10 @@ class Trainer:
         self.loader.restore(extra["data"])
         return state, extra
 
-    def _look(
-        self, state: TrainState, step: int, last: bool, recorder: Recorder, checkpoints: Checkpoints
-    ) -> TrainState:
-        """Evaluates and saves where it is time to."""
+    def _look(self, state: TrainState, step: int, recorder: Recorder, checkpoints: Checkpoints) -> None:
+        """Evaluates and saves where it is time to, and in the end."""
         train, loss = self.experiment.train, None
+        last = step == train.steps
         if step % train.eval_every == 0 or last:
             recorder.flush()
             with recorder.clock.pause("evaluation"):
@@ -130,12 +129,18 @@ class Trainer:
             )
         checkpoints.raise_errors()
         if last or step % self.experiment.checkpoint.every == 0:
-            recorder.flush()
-            with recorder.clock.pause("checkpoint"):
-                data = self.loader.state() | {"step": step}
-                extra = {"data": data, "seconds": recorder.clock.seconds}
-                checkpoints.save(step, state, extra, loss, force=True)
-        return state
+            self._save(state, step, loss, recorder, checkpoints)
+
+    def _save(
+        self, state: TrainState, step: int, loss: float | None, recorder: Recorder, checkpoints: Checkpoints
+    ) -> None:
+        """Saves the state, if this process has changed it, with all rows up to it written."""
+        recorder.flush()
+        if step == recorder.first:
+            return
+        with recorder.clock.pause("checkpoint"):
+            data = self.loader.state() | {"step": step}
+            checkpoints.save(step, state, {"data": data, "seconds": recorder.clock.seconds}, loss, force=True)
 
     def _put(self, batch: Batch) -> Batch:
         return jax.tree.map(lambda x: put(self.mesh, self.rules, x, "BL"), batch)
@@ -150,7 +155,10 @@ class Recorder:
         (self.sinks, self.clock, self.progress), self.first = outputs, first
         self.last: dict[str, dict[str, Any]] = {}
         self.pending: tuple[int, StepMetrics] | None = None
-        self.tokens = experiment.train.batch_size * experiment.data.length
+        train = experiment.train
+        self.tokens = train.batch_size * experiment.data.length
+        # A multiple of log_every, lest the two never meet.
+        self.layers_every = max(1, train.steps // (LAYER_ROWS * train.log_every)) * train.log_every
         # Virtual CPU devices share the cores that the peak was measured on.
         devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
         peak = device_peak(experiment.model.dtype).flops_per_second * devices
@@ -167,14 +175,10 @@ class Recorder:
         if step > self.first + 1:  # the first step is mostly compilation
             self.clock.step_done(self.tokens)
         train = self.experiment.train
-        if int(metrics.nonfinite_in_a_row) >= train.max_nonfinite:
-            raise TrainingError(
-                f"the last {train.max_nonfinite} steps up to {step} had a non-finite loss or gradient and were "
-                "skipped; the checkpoints before are intact. Lower optim.learning_rate, or raise train.max_nonfinite"
-            )
+        lost = int(metrics.nonfinite_in_a_row) >= train.max_nonfinite
         rate = self.clock.tokens_per_second
-        if step % train.log_every == 0 or step == train.steps:
-            row = train_row(step, metrics, layers=step % max(1, train.steps // LAYER_ROWS) == 0)
+        if step % train.log_every == 0 or step == train.steps or lost:
+            row = train_row(step, metrics, layers=step % self.layers_every == 0)
             self.write(
                 row
                 | {
@@ -184,6 +188,11 @@ class Recorder:
                     "step_seconds": self.clock.step_seconds,
                     "seconds": self.clock.seconds,
                 }
+            )
+        if lost:
+            raise TrainingError(
+                f"the last {train.max_nonfinite} steps up to {step} had a non-finite loss or gradient and were "
+                "skipped; the checkpoints before are intact. Lower optim.learning_rate, or raise train.max_nonfinite"
             )
         row = self.last.get("train", {})
         self.progress.update(

@@ -92,5 +92,3 @@ def _ratio(part: float, whole: float) -> float:
 
 def _rounded(x: np.ndarray) -> list:
     return np.round(x, 5).tolist()
-
-

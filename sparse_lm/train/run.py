@@ -23,7 +23,9 @@ CHECKPOINTS_NAME = "checkpoints"
 PACKAGES = ("sparse_lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # What may change when a run is resumed: it alters neither the model nor its data, only how and how long they are run.
+# The text may lie elsewhere: the fingerprint tells whether it is the same.
 RESUMABLE = (
+    "data.path",
     "train.steps",
     "train.log_every",
     "train.eval_every",

@@ -58,9 +58,7 @@ def train(experiment: Experiment, workdir: Path, stream: TextIO) -> Session:
     return Session(experiment, dataset, outcome, report)
 
 
-def _introduce(
-    experiment: Experiment, dataset: Dataset, counts: Counts, sizes: dict[str, int], stream: TextIO
-) -> None:
+def _introduce(experiment: Experiment, dataset: Dataset, counts: Counts, sizes: dict[str, int], stream: TextIO) -> None:
     stream.write(f"data ({experiment.data.source}): " + "\n".join(dataset.report.lines()) + "\n")
     stream.write(table(experiment.model, experiment.data.length) + "\n")
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one"

@@ -28,11 +28,11 @@ class Routes:
     """The map between the tokens of a device and its slots, flat on both sides.
 
     token_ER: for each of an expert's R = G * C rows, the flat token (0..G*S-1), or G*S for an empty row.
-    row_TK: for each flat token and choice, the flat row (0..E*R-1), or E*R for none.
+    row_MK: for each flat token and choice, the flat row (0..E*R-1), or E*R for none.
     """
 
-    def __init__(self, placement: Placement, row_TK: Int[Array, "T K"], token_ER: Int[Array, "E R"]):
-        self.placement, self.row_TK, self.token_ER = placement, row_TK, token_ER
+    def __init__(self, placement: Placement, row_MK: Int[Array, "M K"], token_ER: Int[Array, "E R"]):
+        self.placement, self.row_MK, self.token_ER = placement, row_MK, token_ER
 
     @classmethod
     def of(cls, decision, num_experts: int, slots) -> Routes:
@@ -51,7 +51,7 @@ class Routes:
 
     def to_slots(self, x_GSD: Float[Array, "G S D"]) -> Float[Array, "E R D"]:
         """Each row's token; empty rows are zero."""
-        return _to_slots(varying(x_GSD).reshape(-1, x_GSD.shape[-1]), self.token_ER, self.row_TK)
+        return _to_slots(varying(x_GSD).reshape(-1, x_GSD.shape[-1]), self.token_ER, self.row_MK)
 
     def ids(self, ids_GS: Int[Array, "G S"]) -> Int[Array, "E R"]:
         """The number of each row's token."""
@@ -61,8 +61,8 @@ class Routes:
         """Each token's gated sum over its rows, in float32."""
         groups, size, top_k = self.placement.gate_GSK.shape
         flat = y_ERD.reshape(-1, y_ERD.shape[-1])
-        y_TD = _combine(flat, varying(self.placement.gate_GSK).reshape(-1, top_k), self.token_ER, self.row_TK)
-        return y_TD.reshape(groups, size, -1)
+        y_MD = _combine(flat, varying(self.placement.gate_GSK).reshape(-1, top_k), self.token_ER, self.row_MK)
+        return y_MD.reshape(groups, size, -1)
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -74,17 +74,17 @@ def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _to_slots(x_TD, token_ER, row_TK):
-    return _rows(x_TD, token_ER)
+def _to_slots(x_MD, token_ER, row_MK):
+    return _rows(x_MD, token_ER)
 
 
-def _to_slots_forward(x_TD, token_ER, row_TK):
-    return _rows(x_TD, token_ER), row_TK
+def _to_slots_forward(x_MD, token_ER, row_MK):
+    return _rows(x_MD, token_ER), row_MK
 
 
-def _to_slots_backward(row_TK, dy_ERD):
+def _to_slots_backward(row_MK, dy_ERD):
     flat = dy_ERD.reshape(-1, dy_ERD.shape[-1])
-    picked = [_rows(flat, row_TK[:, k]).astype(jnp.float32) for k in range(row_TK.shape[1])]
+    picked = [_rows(flat, row_MK[:, k]).astype(jnp.float32) for k in range(row_MK.shape[1])]
     return functools.reduce(jnp.add, picked).astype(dy_ERD.dtype), None, None
 
 
@@ -92,22 +92,22 @@ _to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 
 
 @jax.custom_vjp
-def _combine(y_RD, gate_TK, token_ER, row_TK):
-    picked = [gate_TK[:, k, None] * _rows(y_RD, row_TK[:, k]).astype(jnp.float32) for k in range(row_TK.shape[1])]
+def _combine(y_RD, gate_MK, token_ER, row_MK):
+    picked = [gate_MK[:, k, None] * _rows(y_RD, row_MK[:, k]).astype(jnp.float32) for k in range(row_MK.shape[1])]
     return functools.reduce(jnp.add, picked)
 
 
-def _combine_forward(y_RD, gate_TK, token_ER, row_TK):
-    return _combine(y_RD, gate_TK, token_ER, row_TK), (y_RD, gate_TK, token_ER, row_TK)
+def _combine_forward(y_RD, gate_MK, token_ER, row_MK):
+    return _combine(y_RD, gate_MK, token_ER, row_MK), (y_RD, gate_MK, token_ER, row_MK)
 
 
-def _combine_backward(saved, dy_TD):
-    y_RD, gate_TK, token_ER, row_TK = saved
-    num_rows, choices = y_RD.shape[0], range(row_TK.shape[1])
-    dgate = [jnp.sum(dy_TD * _rows(y_RD, row_TK[:, k]).astype(jnp.float32), axis=-1) for k in choices]
+def _combine_backward(saved, dy_MD):
+    y_RD, gate_MK, token_ER, row_MK = saved
+    num_rows, choices = y_RD.shape[0], range(row_MK.shape[1])
+    dgate = [jnp.sum(dy_MD * _rows(y_RD, row_MK[:, k]).astype(jnp.float32), axis=-1) for k in choices]
     # The gate of each row, scattered as scalars: one number per row, where the rows themselves are gathered.
-    gate_R = jnp.zeros((num_rows,), jnp.float32).at[row_TK.reshape(-1)].set(gate_TK.reshape(-1), mode="drop")
-    dy_RD = gate_R[:, None] * _rows(dy_TD, token_ER.reshape(-1))
+    gate_R = jnp.zeros((num_rows,), jnp.float32).at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), mode="drop")
+    dy_RD = gate_R[:, None] * _rows(dy_MD, token_ER.reshape(-1))
     return dy_RD.astype(y_RD.dtype), jnp.stack(dgate, axis=-1), None, None
 
 
