@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 DEVICES = flags.DEFINE_integer("devices", None, "Run on N virtual CPU devices; None uses the machine's own.", 1)
 _OFF: list[str] = []  # dotted keys that the command line sets to None
@@ -15,6 +17,8 @@ def define_config() -> flags.FlagHolder:
     """The flag --config=FILE with its overrides --config.KEY=VALUE; VALUE None turns an option off."""
     for i, argument in reversed(list(enumerate(sys.argv))):
         key, _, value = argument.lstrip("-").partition("=")
+        if key == "config" and value and not Path(value.partition(":")[0]).is_file():
+            fail(f"--config={value}: there is no such file; those that come with the project are in configs/")
         if not argument.startswith("-") or not key.startswith("config."):
             continue
         (_OFF if value == "None" else _SET).append(key.removeprefix("config."))
@@ -49,8 +53,21 @@ def experiment(config):
 def _node(config, key: str):
     *parents, name = key.split(".")
     for parent in parents:
-        config = None if config is None else config.get(parent)
-    return config, name
+        config = config.get(parent) if isinstance(config, ConfigDict) else None
+    return config if isinstance(config, ConfigDict) else None, name
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the process with one line of error."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, ValueError) as error:  # what the flags raise on a.b where there is no a, or it is off
+        fail(f"one of {', '.join(f'--config.{key}' for key in reversed(_SET))} names no option: {error}")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -73,7 +90,6 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error)
 
-    app.run(start)
+    app.run(start, flags_parser=_parse)

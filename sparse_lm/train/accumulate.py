@@ -15,12 +15,22 @@ from sparse_lm.objectives.causal import LossParts, Totals, causal_loss, count
 from sparse_lm.sharding import Rules
 
 
-def microbatches(batch: Batch, number: int, rules: Rules) -> Batch:
-    """[B, L] -> [number, B / number, L]: microbatch m has the rows m, m + number, ...; no row changes its device."""
+def microbatches(batch: Batch, number: int, rules: Rules, together: int = 1) -> Batch:
+    """[B, L] -> [number, B / number, L]: microbatch m has the rows m, m + number, ...; no row changes its device.
+
+    together: neighbouring rows that stay in one microbatch, because they are one routing group; m then counts groups.
+    Raises `ValueError` when the rows cannot be cut so.
+    """
 
     def cut(x):
         rows, length = x.shape
-        return jnp.swapaxes(rules.reshape(x, (rows // number, number, length), "B.L"), 0, 1)
+        if rows % (number * together):
+            raise ValueError(
+                f"train.accumulate={number} does not divide {rows} rows in routing groups of {together}; choose a "
+                f"batch of a multiple of {number * together} rows, or a smaller model.moe.group_size"
+            )
+        x = jnp.swapaxes(rules.reshape(x, (rows // (number * together), number, together, length), "B..L"), 0, 1)
+        return rules.reshape(x, (number, rows // number, length), ".BL")
 
     return jax.tree.map(cut, batch)
 
@@ -47,7 +57,9 @@ def loss_and_gradients(
     if number == 1:
         (total, parts), gradients = value_and_grad(parameters, batch, key, totals)
         return total, parts, gradients
-    inputs = (microbatches(batch, number, model.rules), jax.random.split(key, number))
+    length = batch.tokens_BL.shape[1] - 1
+    together = max(1, (moe.group_size or 1) // length) if moe else 1
+    inputs = (microbatches(batch, number, model.rules, together), jax.random.split(key, number))
     if balance is not None and balance.scope == "global" and balance.load > 0:
         totals = Totals(totals.targets, totals.tokens, _loads(loss, parameters, inputs, totals))
     return _summed(lambda batch, key: value_and_grad(parameters, batch, key, totals), inputs)

@@ -68,9 +68,12 @@ def describe_run(experiment: Experiment, dataset: Dataset, parameters: Mapping[s
 
 
 def write_info(workdir: Path, info: Mapping[str, Any]) -> None:
-    """Writes config.json; a reader meets the old one or the new one."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    replace_file(workdir / CONFIG_NAME, (json.dumps(info, indent=2) + "\n").encode())
+    """Writes config.json; a reader meets the old one or the new one. Raises `ConfigError` where it cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        replace_file(workdir / CONFIG_NAME, (json.dumps(info, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError("workdir", str(workdir), f"cannot be written ({error}); choose another directory") from error
 
 
 def read_info(workdir: Path) -> RunInfo | None:

@@ -1,4 +1,4 @@
-"""One call from an experiment to a trained model and its report; what `experiments/train.py` does, for notebooks too."""
+"""One call from an experiment to a trained model and its report: for `experiments/train.py` and for notebooks."""
 
 from __future__ import annotations
 
