@@ -58,7 +58,7 @@ class Block(nnx.Module):
         """The layer's output, its routing statistics (None when dense) and its cache with this pass in it."""
         pre = self.config.norm_position == "pre"
         attention_key, feed_forward_key = split_keys(key, 2)
-        stored = None if cache is None else (cache, context.start)
+        stored = None if cache is None or context.start is None else (cache, context.start)
 
         inputs = self.attention_norm(x_BLD) if pre else x_BLD
         y_BLD, cache = self.attention(inputs, context.positions_BL, context.mask_BLT, attention_key, stored)
