@@ -30,10 +30,9 @@ class Decoder(nnx.Module):
         self.embedding = Embedding(embed, config.vocab_size, config.d_model, rules)
         tied = config.tie_embeddings
         self.unembedding = None if tied else Embedding(unembed, config.vocab_size, config.d_model, rules)
-        self.positions = None
-        if config.position == "learned":
-            assert config.max_length is not None
-            self.positions = LearnedPositions(positions, config.max_length, config.d_model, rules)
+        learned = config.position == "learned"
+        assert config.max_length is not None or not learned
+        self.positions = LearnedPositions(positions, config.max_length or 0, config.d_model, rules) if learned else None
         self.stack = Stack(stack, config, rules)
         self.norm = Norm(config.norm, config.d_model, rules) if config.norm_position == "pre" else None
 
