@@ -41,8 +41,8 @@ class Experiment(Config):
             raise ConfigError(
                 "model.moe.priority",
                 moe.priority,
-                "lets later tokens decide who is dropped, which is not causal; use first_choice or token, or accept "
-                "it with model.moe.allow_non_causal=True",
+                f"with top_k={moe.top_k} lets later tokens decide who is dropped, which is not causal; use token, "
+                "drop nothing (both capacity factors None), or accept it with model.moe.allow_non_causal=True",
             )
         size = moe.group_size or length
         if length % size and size % length:

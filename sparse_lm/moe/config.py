@@ -38,7 +38,9 @@ class MoEConfig(Config):
         of it; results never depend on the mesh.
     capacity_factor: slots per expert and group are ceil(factor * top_k * group_size / num_experts); None drops
         nothing. capacity_factor_eval: the same in evaluation.
-    priority: who gets a slot first, see `moe.slots.place`. dispatcher: see `moe.dispatch`.
+    priority: who gets a slot first, see `moe.slots.place`. `token` is the only one that is causal for every top_k:
+        under `first_choice` a later token's first choice takes the slot of an earlier token's second choice.
+    dispatcher: see `moe.dispatch`.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
     """
@@ -53,7 +55,7 @@ class MoEConfig(Config):
     group_size: int | None = option(None, ge=1)
     capacity_factor: float | None = option(1.25, gt=0)
     capacity_factor_eval: float | None = option(2.0, gt=0)
-    priority: Priority = "first_choice"
+    priority: Priority = "token"
     dispatcher: Literal["dense", "einsum", "gather", "all_to_all"] = "gather"
     balance: BalanceConfig = BalanceConfig()
     expert_dropout: float = option(0.0, ge=0, lt=1)
@@ -71,5 +73,7 @@ class MoEConfig(Config):
 
     @property
     def causal(self) -> bool:
-        """Whether no token's result depends on later tokens of its sequence, in training as configured."""
-        return self.router.causal and (self.capacity_factor is None or self.priority != "probability")
+        """Whether no token's result depends on later tokens of its sequence, in training and in evaluation."""
+        drops = self.capacity_factor is not None or self.capacity_factor_eval is not None
+        in_order = self.priority == "token" or (self.priority == "first_choice" and self.top_k == 1)
+        return self.router.causal and (in_order or not drops)
