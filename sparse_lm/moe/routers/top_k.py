@@ -54,6 +54,12 @@ class TopK(RouterConfig):
                 self.renormalise,
                 "with top_k=1 the gate becomes 1 and the router learns nothing; use none",
             )
+        if self.second_expert == "none" and self.renormalise == "after_drop":
+            raise ConfigError(
+                "renormalise",
+                self.renormalise,
+                "with second_expert=none the gate becomes 1 and the router learns nothing; use none or before_drop",
+            )
         if self.second_expert != "all" and shape.top_k == 1:
             raise ConfigError("second_expert", self.second_expert, "there is no second expert with top_k=1; use all")
 
