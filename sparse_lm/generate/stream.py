@@ -83,7 +83,7 @@ def _tokens(model, prompts, sampling, max_new_tokens, key, eos) -> Iterator[np.n
     padding_B = np.asarray([length - len(prompt) for prompt in prompts], np.int32)
     tokens_BL = np.stack([np.pad(prompt, (length - len(prompt), 0)) for prompt in prompts])
     ended_B = np.zeros(len(prompts), bool)
-    next_B, cache = _prefill(model, tokens_BL, padding_B, key, sampling, length + max_new_tokens)
+    next_B, cache = _prefill(model, tokens_BL, padding_B, jax.random.fold_in(key, 0), sampling, length + max_new_tokens)
     for i in range(max_new_tokens):
         yielded_B = np.asarray(next_B)
         if eos is not None:
@@ -92,7 +92,9 @@ def _tokens(model, prompts, sampling, max_new_tokens, key, eos) -> Iterator[np.n
         yield yielded_B
         if i + 1 == max_new_tokens or ended_B.all():
             return
-        next_B, cache = _step(model, next_B[:, None], padding_B, np.int32(length + i), cache, key, sampling)
+        # The noise counts new tokens, not places: those depend on how far the prompts were padded.
+        noise = jax.random.fold_in(key, i + 1)
+        next_B, cache = _step(model, next_B[:, None], padding_B, np.int32(length + i), cache, noise, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "places"))
@@ -122,7 +124,7 @@ def _advance(model, tokens_BL, padding_B, start, cache, key, sampling):
     )
     # Sorting and drawing are done by every device alike: a row of logits is small, and sorts do not shard.
     last_BV = rules.constrain(logits_BLV[:, -1], "..")
-    return sample(last_BV, sampling, jax.random.fold_in(key, start + length)), cache
+    return sample(last_BV, sampling, key), cache
 
 
 def _dropless(moe: MoEConfig) -> MoEConfig:

@@ -89,3 +89,12 @@ def _product(size: int, dtype: str, clock: Callable[[], float]) -> Callable[[], 
         return clock() - start
 
     return timed
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: Peak, devices: int) -> float:
+    """Model FLOPs utilisation: the share of all devices' peak that goes into the model's own FLOPs.
+
+    flops_per_token: of training, without recomputation (see `models.counts`). Source: PaLM (Chowdhery et al. 2022),
+    appendix B.
+    """
+    return tokens_per_second * flops_per_token / (peak.flops_per_second * devices)
