@@ -68,7 +68,7 @@ def describe_run(experiment: Experiment, dataset: Dataset, parameters: Mapping[s
 
 
 def write_info(workdir: Path, info: Mapping[str, Any]) -> None:
-    """Writes config.json; a reader meets the old one or the new one. Raises `ConfigError` where it cannot be written."""
+    """Writes config.json; a reader meets the old one or the new one. Raises `ConfigError` where that is impossible."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         replace_file(workdir / CONFIG_NAME, (json.dumps(info, indent=2) + "\n").encode())
