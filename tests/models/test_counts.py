@@ -25,6 +25,7 @@ CONFIGS = {
     "layernorm": BASE.replace(norm="layernorm"),
     "post": BASE.replace(norm_position="post", norm="layernorm"),
     "sinusoidal": BASE.replace(position="sinusoidal", max_length=9),
+    "learned": BASE.replace(position="learned", max_length=9),
     "moe": BASE.replace(moe=MOE),
     "moe_ungated": BASE.replace(moe=MOE, activation="gelu"),
     "moe_every": BASE.replace(num_layers=7, moe=dataclasses.replace(MOE, every=3, first_dense=1)),
@@ -86,7 +87,15 @@ def test_by_hand():
     """One dense and one sparse layer, width 4, 2 heads of 3, 1 key/value head, swiglu, vocabulary 10."""
     moe = MoEConfig(num_experts=5, top_k=2, d_expert=3, num_shared=1, every=2)
     config = ModelConfig(
-        vocab_size=10, num_layers=2, d_model=4, num_heads=2, num_kv_heads=1, head_dim=3, d_ff=6, moe=moe
+        vocab_size=10,
+        num_layers=2,
+        d_model=4,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=3,
+        d_ff=6,
+        moe=moe,
+        position="none",
     )
     counts = count(config)
     assert counts.embedding == Part(40, 40, 0)
