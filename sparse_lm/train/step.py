@@ -46,7 +46,7 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(key, state.step)
         total, parts, gradients = loss_and_gradients(state.model, batch, key, accumulate, num_domains)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         graph, parameters, rest = nnx.split(state.model, nnx.Param, ...)
         updated, optimizer_state = apply(optimizer, gradients, state.optimizer, parameters)
