@@ -25,7 +25,8 @@ def capacity(factor: float | None, top_k: int, group_size: int, num_experts: int
     if factor is None:
         return group_size
     # The product is rounded before the ceiling, so that 1.1 * 2 * 100 / 4 is 55 and not 56 by a rounding error.
-    return min(group_size, math.ceil(round(factor * top_k * group_size / num_experts, 6)))
+    exact = round(factor * top_k * group_size / num_experts, 6)
+    return min(group_size, max(1, math.ceil(exact)))
 
 
 @dataclasses.dataclass(frozen=True)
