@@ -55,7 +55,6 @@ def test_prompt_and_continuation_on_stdout(workdir):
     ("arguments", "message"),
     [
         (["--temperature=-1"], "temperature=-1.0"),
-        (["--prompt=| a9"], "prompt='| a9'"),
         (["--prompt="], "is empty"),
     ],
 )

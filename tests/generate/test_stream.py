@@ -131,7 +131,8 @@ def test_nothing_is_dropped_and_the_model_is_left_alone():
     inputs = tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(8), (2, 8))
     statistics = jax.jit(lambda model: model(*inputs)[1].dispatch.dropped)
     assert (statistics(model) > 0).all() and (statistics(dropless) == 0).all()
-    assert dropless.config.moe.capacity_factor_eval is None and dropless.config.moe.group_size is None
+    expected = CONFIGS["moe_learned"].replace(moe__capacity_factor_eval=None, moe__group_size=None)
+    assert dropless.config == expected
     layers = [block.feed_forward for unit in dropless.stack.units for block in unit.blocks]
     assert [layer.config.group_size for layer in layers if isinstance(layer, MoE)] == [None]
 

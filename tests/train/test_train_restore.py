@@ -14,6 +14,7 @@ from sparse_lm.data.tokenizers import ByteTokenizer
 from sparse_lm.experiment import Experiment
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.layer import MoE
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.sharding import DEFAULT
 from sparse_lm.train.checkpoint import Checkpoints
@@ -76,7 +77,9 @@ def test_the_model_runs(workdir):
 def test_on_a_mesh(workdir, mesh_of):
     with jax.set_mesh(mesh_of(fsdp=2, expert=2)):
         model = load_model(workdir).model
-        up_EDF = model.stack.units[0].blocks[1].feed_forward.experts.up_EDF[...]
+        layer = model.stack.units[0].blocks[1].feed_forward
+        assert isinstance(layer, MoE)
+        up_EDF = layer.experts.up_EDF[...]
         assert up_EDF.shape == (1, 4, 8, 8)
         assert up_EDF.addressable_shards[0].data.shape == (1, 2, 4, 8)
     assert_model_of(model, 3)
