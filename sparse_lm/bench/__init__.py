@@ -1,0 +1,1 @@
+"""Measurements that pair both sides of a comparison in one run."""
