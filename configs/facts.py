@@ -1,4 +1,4 @@
-"""A table of 4,096 facts: what a model stores, not what it computes, decides the loss. Experts buy storage.
+"""A table of 16,384 facts: what a model stores, not what it computes, decides the loss. Experts buy storage.
 
 python experiments/train.py --config=configs/facts.py --workdir=runs/facts
 `--config=configs/facts.py:dense` is the dense twin. Guessing costs log(128) = 4.85 nats, knowing the table 0.
@@ -23,7 +23,7 @@ def get_config(variant: str = "sparse") -> ConfigDict:
     return to_config_dict(
         Experiment(
             model=model if variant == "sparse" else dense_twin(model),
-            data=DataConfig(source="facts", length=126, facts=FactsConfig(num_a=64, num_b=64, num_values=128)),
+            data=DataConfig(source="facts", length=126, facts=FactsConfig(num_a=128, num_b=128, num_values=128)),
             optim=OptimConfig(learning_rate=2e-3, warmup_steps=50),
             train=TrainConfig(steps=3000, batch_size=24, eval_every=500, eval_batches=8, log_every=10),
             checkpoint=CheckpointConfig(every=500),
