@@ -42,8 +42,8 @@ def for_generation(model: Decoder) -> Decoder:
         raise ConfigError(
             "model.moe",
             f"{type(moe.router).__name__}, priority={moe.priority}",
-            "routes by later tokens, which generation does not have; train with a causal router, and with priority "
-            "first_choice or token",
+            "routes or drops by later tokens, which generation does not have; train with a causal router, and with "
+            "model.moe.priority=token or without drops (both capacity factors None)",
         )
     copy = jax.tree.map(lambda leaf: leaf, model)  # new modules around the same arrays
     for _, module in nnx.iter_modules(copy):

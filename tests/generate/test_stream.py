@@ -142,10 +142,11 @@ def test_a_dense_model_is_itself():
     assert for_generation(model) is model
 
 
-def test_routing_by_later_tokens_is_refused():
-    moe = dataclasses.replace(SPARSE, priority="probability", allow_non_causal=True)
+@pytest.mark.parametrize("priority", ["probability", "first_choice"])
+def test_routing_by_later_tokens_is_refused(priority):
+    moe = dataclasses.replace(SPARSE, priority=priority, allow_non_causal=True)
     model = jax.eval_shape(lambda: Decoder(KEY, BASE.replace(moe=moe), DEFAULT))
-    with pytest.raises(ConfigError, match=r"priority=probability.*later tokens.*first_choice"):
+    with pytest.raises(ConfigError, match=rf"priority={priority}.*later tokens.*priority=token"):
         for_generation(model)
     with pytest.raises(ConfigError, match="later tokens"):
         generate(model, PROMPTS, GREEDY, 2, KEY)
