@@ -189,6 +189,16 @@ def letters_of(path, ndim: int) -> str | None:
     return {len(letters): letters, len(letters) + 1: "N" + letters}.get(ndim)
 
 
+def lead_like(x: jax.Array, like: jax.Array, axes: int) -> jax.Array:
+    """`x` with its first `axes` axes laid out as those of `like`, which `jax.vmap` over both asks for; the rest whole.
+
+    A scalar stays as it is.
+    """
+    if x.ndim == 0 or not explicit_mesh():
+        return x
+    return _reshard(x, PartitionSpec(*jax.typeof(like).sharding.spec[:axes], *(None,) * (x.ndim - axes)))
+
+
 def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(x, spec) if explicit_mesh() else x
 

@@ -18,6 +18,7 @@ import optax
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.optim.groups import decay_mask, stacking_axes
 from sparse_lm.optim.schedules import schedule
+from sparse_lm.sharding import lead_like
 
 FACTOR_FROM = 128  # T5: second moments are factored where both sides of the matrix are at least this long
 
@@ -95,9 +96,10 @@ def _adafactor() -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def update_leaf(path: tuple, param: jax.Array, grad: jax.Array, leaf_state: Any) -> tuple[Any, Any]:
-            function = one.update
-            for _ in range(stacking_axes(path, param.ndim)):
+            function, stacked = one.update, stacking_axes(path, param.ndim)
+            for _ in range(stacked):
                 function = jax.vmap(function, in_axes=(0, state_axes, 0), out_axes=(0, state_axes))
+            leaf_state = jax.tree.map(lambda x: lead_like(x, param, stacked), leaf_state)
             return function(grad, leaf_state, param)
 
         paths, tree = jax.tree_util.tree_flatten_with_path(params)
