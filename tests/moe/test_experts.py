@@ -62,7 +62,9 @@ def test_dropout_follows_the_row_number_and_the_key():
     ids_EX = jnp.arange(15).reshape(3, 5)
     y_EXD = experts(x_EXD, ids_EX, jax.random.key(2))
     order = jnp.asarray([3, 0, 4, 2, 1])
-    np.testing.assert_allclose(experts(x_EXD[:, order], ids_EX[:, order], jax.random.key(2)), y_EXD[:, order], rtol=1e-6)
+    np.testing.assert_allclose(
+        experts(x_EXD[:, order], ids_EX[:, order], jax.random.key(2)), y_EXD[:, order], rtol=1e-6
+    )
     assert not np.allclose(experts(x_EXD, ids_EX + 1, jax.random.key(2)), y_EXD)
     assert not np.allclose(experts(x_EXD, ids_EX, jax.random.key(3)), y_EXD)
 

@@ -107,7 +107,9 @@ def test_deepspeed_drops_the_same(priority, expected):
     gate_SE = np.exp(DEEPSPEED) / np.exp(DEEPSPEED).sum(-1, keepdims=True)
     expert_SK = np.argsort(-gate_SE, axis=-1)[:, :2]
     slot_GSK, _, _ = placed(expert_SK, np.take_along_axis(gate_SE, expert_SK, 1), 4, SlotRule(2, priority))
-    kept = {(s, int(expert_SK[s, k]), int(slot_GSK[0, s, k])) for s in range(4) for k in range(2) if slot_GSK[0, s, k] >= 0}
+    kept = {
+        (s, int(expert_SK[s, k]), int(slot_GSK[0, s, k])) for s in range(4) for k in range(2) if slot_GSK[0, s, k] >= 0
+    }
     if priority != "token":
         ranks: dict[int, int] = {}
         relabelled = set()
