@@ -91,18 +91,20 @@ class Attention(nnx.Module):
             stored = cache[0].write(key_BTJI, value_BTJI, cache[1])
             key_BTJI, value_BTJI = stored.key_BTJI.astype(dtype), stored.value_BTJI.astype(dtype)
         weights_key, out_key = split_keys(key, 2)
-        mixed_BLHI = _attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, self.dropout_rate, weights_key)
+        mixed_BLHI = _attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rules, self.dropout_rate, weights_key)
         y_BLD = rules.einsum("BLHI,HID->BLD", mixed_BLHI, rules.gather(self.out_HID[...], "HID", dtype))
         return dropout(y_BLD, self.dropout_rate, out_key), stored
 
 
-def _attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rate, dropout_key):
+def _attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rules, rate, dropout_key):
     batch, length, num_heads, width = query_BLHI.shape
     num_kv_heads = key_BTJI.shape[2]
-    query = query_BLHI.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width)
+    # The layout is named, since jax cannot know which of the two axes of H the cut goes to.
+    shape = (batch, length, num_kv_heads, num_heads // num_kv_heads, width)
+    query = rules.reshape(query_BLHI, shape, "BLJ.I")
     scores = jnp.einsum("BLJRI,BTJI->BJRLT", query, key_BTJI, preferred_element_type=jnp.float32) * width**-0.5
     # A finite floor instead of -inf: the rows of padding, which may look nowhere, stay free of NaN.
     scores = jnp.where(mask_BLT[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, dropout_key).astype(value_BTJI.dtype)
     mixed = jnp.einsum("BJRLT,BTJI->BLJRI", weights, value_BTJI)
-    return mixed.reshape(batch, length, num_heads, width)
+    return rules.reshape(mixed, (batch, length, num_heads, width), "BLHI")
