@@ -42,7 +42,7 @@ class CompiledStep:
     arguments: state, batch and key. outputs: new state and metrics. aliased: of the outputs, what takes the place of
     arguments, because the state is donated. temporaries: everything in between: activations, gradients, buffers.
     flops: XLA's own estimate, or None where it makes none; the body of a loop, such as that over layers or over
-    microbatches, counts once, however often it runs. seconds: of compilation.
+    microbatches, counts once, however often it runs. seconds: of trace and compilation, or of loading it from a cache.
     """
 
     seconds: float

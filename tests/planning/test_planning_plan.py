@@ -1,0 +1,229 @@
+"""A plan tells what the run then has: the bytes of real arrays, and the collectives of the real step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+from flax import nnx
+
+from sparse_lm.config import ConfigError
+from sparse_lm.data.config import DataConfig
+from sparse_lm.models.counts import count, dense_twin
+from sparse_lm.optim.build import build_optimizer
+from sparse_lm.planning.plan import _binary, abstract_state, describe, device_bytes, make_plan, resolve
+from sparse_lm.sharding import DEFAULT, make_mesh
+from sparse_lm.train.state import create_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def experiment(**changes):
+    return resolve(tiny.experiment(model__dropout=0.0, **changes))
+
+
+def mesh_for(config):
+    return make_mesh(config.mesh_sizes(8), jax.devices()[:8])
+
+
+def plan_of(config, compile_step=False):
+    return make_plan(config, mesh_for(config), compile_step)
+
+
+def shard_bytes(tree, device):
+    """Bytes that a device really holds."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    shards = [shard for leaf in leaves for shard in leaf.addressable_shards if shard.device == device]
+    return sum(shard.data.nbytes for shard in shards)
+
+
+@pytest.fixture(scope="module")
+def exchanging():
+    """The compiled plan of tokens that move to their experts, and the experiment."""
+    config = experiment(mesh__expert=4, mesh__fsdp=2, mesh__data=1, model__moe__dispatcher="all_to_all")
+    return plan_of(config, compile_step=True), config
+
+
+@pytest.fixture(scope="module")
+def gathering():
+    """The compiled plan of experts that are gathered."""
+    return plan_of(experiment(mesh__expert=4, mesh__fsdp=2, mesh__data=1), compile_step=True)
+
+
+def test_bytes_are_those_of_the_real_arrays():
+    config = experiment(mesh__fsdp=2, mesh__expert=2, mesh__model=2, mesh__data=1)
+    mesh, plan = mesh_for(config), plan_of(config)
+    optimizer = build_optimizer(config.optim, config.train.steps)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda key: create_state(key, config.model, optimizer, DEFAULT))(jax.random.key(0))
+        abstract = abstract_state(config, mesh)
+    parameters = nnx.split(state.model, nnx.Param, ...)[1]
+    for device in mesh.devices.flat:
+        assert shard_bytes(parameters, device) == plan.state.parameters
+        assert shard_bytes(state.optimizer, device) == plan.state.optimizer
+    assert device_bytes(state) == device_bytes(abstract) == shard_bytes(state, mesh.devices.flat[0])
+
+
+def test_on_one_device_the_parameters_are_all_there():
+    config = experiment()
+    plan = make_plan(config, make_mesh({}, jax.devices()[:1]), compile_step=False)
+    assert plan.state.parameters == count(config.model).parameter_bytes == 4 * sum(part.total for part in plan.parts)
+    assert plan.state.gradients == plan.state.parameters
+    # adamw: two moments, and a few counters.
+    assert 0 <= plan.state.optimizer - 2 * plan.state.parameters <= 64
+
+
+def test_experts_that_are_cut_leave_a_device_with_its_share():
+    whole, cut = plan_of(experiment()), plan_of(experiment(mesh__expert=4))
+    along_experts = sum(part.total for part in whole.parts if part.name in ("experts", "router"))
+    assert whole.state.parameters - cut.state.parameters == 4 * along_experts * 3 // 4
+    assert cut.state.optimizer < whole.state.optimizer
+
+
+def test_fsdp_cuts_everything_with_a_model_axis():
+    whole, cut = plan_of(experiment()), plan_of(experiment(mesh__fsdp=8, mesh__data=1))
+    assert cut.state.parameters == whole.state.parameters / 8
+
+
+def test_flops_and_parts_are_those_of_the_counts():
+    config = experiment()
+    plan, counts = plan_of(config), count(config.model)
+    assert plan.tokens_per_step == 8 * 16
+    assert plan.model_flops == 8 * 16 * counts.flops_per_token(16)
+    assert sum(part.flops for part in plan.parts) == counts.flops_per_token(16)
+    assert {part.name: part.active for part in plan.parts}["experts"] == counts.experts.active
+
+
+def test_tokens_that_move_show_as_all_to_all(exchanging):
+    plan, config = exchanging
+    found = {collective.kind: collective for collective in plan.compiled.collectives}
+    # One sparse layer: two exchanges forward, two backward.
+    assert found["all-to-all"].count == 4 * sum(config.model.sparse) == 4
+    # Each device has one group of 16 tokens: slots E x C x D of float32, with capacity 1.0 * 2 * 16 / 4.
+    assert found["all-to-all"].bytes == 4 * (4 * 8 * 16 * 4)
+    assert all(collective.exact for collective in plan.compiled.collectives)
+
+
+def test_experts_that_are_gathered_need_no_all_to_all(gathering, exchanging):
+    found = {collective.kind: collective for collective in gathering.compiled.collectives}
+    assert "all-to-all" not in found
+    other = {collective.kind: collective for collective in exchanging[0].compiled.collectives}
+    assert found["all-gather"].count > other["all-gather"].count
+
+
+def test_arguments_are_the_state_and_the_batch(exchanging):
+    plan, config = exchanging
+    with jax.set_mesh(mesh_for(config)):
+        state = device_bytes(abstract_state(config, mesh_for(config)))
+    step = plan.compiled
+    batch = 5 * 4 * (8 * 17) // 8
+    assert step.aliased == state  # donated: the new state takes its place
+    assert step.arguments == state + batch  # without dropout and jitter the key is left out
+    assert step.peak == step.arguments + step.outputs - step.aliased + step.temporaries
+    assert step.temporaries > 0
+    assert step.seconds > 0
+    assert step.flops is None or step.flops > 0
+
+
+def test_without_compiling_there_is_nothing_of_it():
+    config = experiment()
+    plan = plan_of(config)
+    assert plan.compiled is None
+    assert "compiled" not in describe(plan, config)
+    assert plan.to_json()["compiled"] is None
+
+
+def test_the_json_has_every_number(exchanging):
+    plan, _ = exchanging
+    back = json.loads(json.dumps(plan.to_json()))
+    assert back["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "model": 1}
+    assert back["state"] == dataclasses.asdict(plan.state)
+    assert back["parts"] == [dataclasses.asdict(part) for part in plan.parts]
+    assert back["compiled"].pop("peak") == plan.compiled.peak
+    assert back["compiled"] == json.loads(json.dumps(dataclasses.asdict(plan.compiled)))
+    assert back["model_flops"] == plan.model_flops
+
+
+def test_the_text_says_what_matters(exchanging, gathering):
+    text = describe(*exchanging)
+    assert "fsdp=2 x expert=4" in text
+    assert f"{count(exchanging[1].model).total:,}" in text
+    assert re.search(rf"all-to-all +4 x +{_binary(8192)}\n", text)
+    assert "counts the body of a loop (layers, microbatches) once" in text
+    assert "(at least)" not in text
+    assert "all-to-all" not in describe(gathering, exchanging[1])
+
+
+def test_what_is_not_known_is_marked(exchanging):
+    plan, config = exchanging
+    unsure = tuple(dataclasses.replace(collective, exact=False) for collective in plan.compiled.collectives)
+    text = describe(dataclasses.replace(plan, compiled=dataclasses.replace(plan.compiled, collectives=unsure)), config)
+    assert "loop of unknown length, counted as one iteration" in text
+    alone = describe(dataclasses.replace(plan, compiled=dataclasses.replace(plan.compiled, collectives=())), config)
+    assert "collectives: none" in alone
+
+
+def test_a_dense_model_has_a_plan_too():
+    config = experiment()
+    dense = config.replace(model=dense_twin(config.model))
+    plan = plan_of(dense)
+    assert {part.name: part.total for part in plan.parts}["experts"] == 0
+    assert plan.state.parameters < plan_of(config).state.parameters
+
+
+@pytest.mark.parametrize(("source", "size"), [("grammar", 8), ("stdlib", 264)])
+def test_the_vocabulary_is_known_without_the_data(source, size):
+    assert resolve(tiny.experiment(data__source=source)).model.vocab_size == size
+
+
+def test_text_is_not_read(tmp_path):
+    config = tiny.experiment().replace(data=DataConfig(source="text", path=str(tmp_path / "absent"), length=16))
+    assert resolve(config).model.max_length == 16
+
+
+def test_a_vocabulary_that_is_too_small_is_refused():
+    with pytest.raises(ConfigError, match=r"model.vocab_size=4: the data have 8 tokens"):
+        resolve(tiny.experiment(model__vocab_size=4))
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    config = experiment(mesh__expert=4)
+    with pytest.raises(ConfigError, match="mesh"):
+        make_plan(config.replace(mesh__data=1), make_mesh({}, jax.devices()[:1]), compile_step=False)
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (3 << 30, "3 GiB")])
+def test_bytes_as_a_person_reads_them(size, text):
+    assert _binary(size) == text
+    assert _binary(1 << 60).endswith("TiB")
+
+
+def main(*arguments):
+    command = [sys.executable, str(ROOT / "experiments/plan.py"), f"--config={ROOT}/configs/quickstart.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_main_writes_what_it_prints(tmp_path):
+    file = tmp_path / "plan.json"
+    done = main("--config.mesh.expert=4", "--devices=8", "--nocompile", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert written["config"]["mesh"]["expert"] == 4
+    assert math.prod(written["mesh"].values()) == 8
+    assert _binary(written["state"]["parameters"]) in done.stdout
+    assert f"{written['model_flops']:.4g}" in done.stdout
+
+
+def test_the_main_refuses_in_one_line():
+    done = main("--config.mesh.expert=3", "--devices=8", "--nocompile")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config.mesh")
+    assert "Traceback" not in done.stderr
