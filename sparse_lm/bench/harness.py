@@ -130,9 +130,10 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """See `Row`."""
         values = dataclasses.asdict(self)
+        times = values.pop("paired")
         return {
             **values,
-            **values.pop("paired"),
+            **times,
             "tokens_per_second": self.tokens / self.paired.seconds_a,
             "tokens_per_second_against": self.tokens / self.paired.seconds_b,
             "share_of_peak": self.share,

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -129,11 +129,12 @@ def startup(options: Options) -> list[Start]:
 
 def measure(experiment: Experiment, cache: Path) -> Phases:
     """One process with its compilation cache in a directory, on the devices that this one would use."""
+    settings = cast(Any, jax.config)  # its flags are added at run time
     request = {
         "experiment": to_dict(experiment),
         "cache": str(cache),
-        "platforms": jax.config.read("jax_platforms"),
-        "devices": jax.config.read("jax_num_cpu_devices"),
+        "platforms": settings.jax_platforms,
+        "devices": settings.jax_num_cpu_devices,
     }
     # -P keeps the current directory off the path: nothing there can stand in for the package.
     command = [sys.executable, "-P", "-c", CHILD]
