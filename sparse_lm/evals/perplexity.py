@@ -52,7 +52,8 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
         if each[0].stats is not None:
             stats = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *[p.stats for p in each])
             dropped = float(stats.dispatch.dropped.sum() / max(1.0, stats.router.load_UE.sum()))
-            violation = float(np.mean(max_violation(stats.router.load_UE.sum(axis=1))))
+            load_NE = stats.router.load_UE.sum(axis=1).astype(np.int64)
+            violation = float(np.mean(max_violation(load_NE)))
         by_domain = {name: float(nats[i] / targets[i]) for i, name in enumerate(domains) if targets[i] > 0}
         return Evaluation(
             float(nats.sum() / max(1.0, targets.sum())), by_domain, int(targets.sum()), dropped, violation

@@ -35,7 +35,7 @@ def train_row(step: int, metrics: StepMetrics, layers: bool) -> dict[str, Any]:
         "load_balance": float(np.mean(metrics.parts.load_balance_N)),
         "router_z": float(np.mean(metrics.parts.z_N)),
         "router_entropy": _ratio(router.entropy_U.sum(), tokens_N.sum()),
-        "max_violation": float(np.mean(max_violation(load_NE))),
+        "max_violation": float(np.mean(max_violation(load_NE.astype(np.int64)))),
         "gini": float(np.mean([gini(load_E) for load_E in load_NE])),
         "kept_gate_mass": _ratio(dispatch.kept_gate_mass.sum(), dispatch.gate_mass.sum()),
         "served": _rounded(dispatch.served.sum(axis=0) / max(1.0, dispatch.served.sum())),
