@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from sparse_lm.config import from_dict
 from sparse_lm.moe.config import BalanceConfig, MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS as DISPATCHER_CLASSES
 from sparse_lm.moe.routers.top_k import TopK
@@ -30,7 +31,8 @@ def moe(top_k: int, router: dict[str, Any] | None = None, scope: str = "global",
     """Eight experts whose capacity, in training and in evaluation, drops some assignments."""
     options = {"capacity_factor": 1.0, "capacity_factor_eval": 1.0, "d_expert": 8, "every": 1, **options}
     top_k_router = TopK(init_scale=ROUTER_SCALE, **(router or {}))
-    return MoEConfig(num_experts=8, top_k=top_k, router=top_k_router, balance=BalanceConfig(scope=scope), **options)
+    balance = from_dict(BalanceConfig, {"scope": scope})
+    return MoEConfig(num_experts=8, top_k=top_k, router=top_k_router, balance=balance, **options)
 
 
 ROUTER_CASES: dict[str, Case] = {

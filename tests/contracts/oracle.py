@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.routers.top_k import TopK
 
 LOAD_WEIGHT, Z_WEIGHT = 10.0, 3.0  # large, so that a wrong router loss shows beside the sum of squares
 
@@ -33,6 +34,12 @@ class Problem:
     weights: Weights
     x_BLD: np.ndarray
     mask_BL: np.ndarray
+
+    @property
+    def router(self) -> TopK:
+        """The router's options; another kind of router needs a `choose` of its own."""
+        assert isinstance(self.config.router, TopK)
+        return self.config.router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +101,8 @@ def hand_out_slots(expert_SK, gate_SK, num_slots: int, priority: str):
     return kept
 
 
-def choose(logits_E, config: MoEConfig):
+def choose(logits_E, router: TopK, top_k: int):
     """(experts, gates before any renormalisation, used) of one real token, without noise."""
-    router, top_k = config.router, config.top_k
     best = sorted(range(len(logits_E)), key=lambda expert: -logits_E[expert])[:top_k]
     if router.gate == "softmax_after":
         gates = softmax([logits_E[expert] for expert in best])
@@ -154,9 +160,9 @@ def layer(problem: Problem) -> Answer:
     candidate_TK, gate_TK = np.zeros((tokens, top_k), int), np.zeros((tokens, top_k))
     used_TK = np.zeros((tokens, top_k), bool)
     for t in range(tokens):
-        candidate_TK[t], gate_TK[t], used_TK[t] = choose(logits_TE[t], config)
+        candidate_TK[t], gate_TK[t], used_TK[t] = choose(logits_TE[t], problem.router, top_k)
         used_TK[t] &= mask_T[t]
-        if config.router.renormalise == "before_drop":
+        if problem.router.renormalise == "before_drop":
             gate_TK[t] /= sum(gate_TK[t])
     kept_TK = _kept(problem, candidate_TK, gate_TK, used_TK)
     y_TD = np.zeros((tokens, width))
@@ -164,7 +170,7 @@ def layer(problem: Problem) -> Answer:
         total = sum(gate_TK[t, k] for k in range(top_k) if kept_TK[t, k])
         for k in range(top_k):
             if kept_TK[t, k]:
-                weight = gate_TK[t, k] / total if config.router.renormalise == "after_drop" else gate_TK[t, k]
+                weight = gate_TK[t, k] / total if problem.router.renormalise == "after_drop" else gate_TK[t, k]
                 y_TD[t] += weight * expert(weights, problem.activation, candidate_TK[t, k], x_TD[t], np)
         y_TD[t] += shared_experts(weights, problem.activation, x_TD[t], np)
     units = [
@@ -245,10 +251,10 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
     powers_TE = jnp.exp(logits_TE)
     probability_TE = powers_TE / powers_TE.sum(-1, keepdims=True)
     gate_TK = jnp.take_along_axis(probability_TE, jnp.asarray(answer.candidate_TK), axis=1)
-    if config.router.gate == "softmax_after" or config.router.renormalise == "before_drop":
+    if problem.router.gate == "softmax_after" or problem.router.renormalise == "before_drop":
         gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
     gate_TK = jnp.where(jnp.asarray(answer.kept_TK), gate_TK, 0.0)
-    if config.router.renormalise == "after_drop":
+    if problem.router.renormalise == "after_drop":
         total_T1 = gate_TK.sum(-1, keepdims=True)
         gate_TK = gate_TK / jnp.where(total_T1 > 0, total_T1, 1.0)
     y_TD = jnp.zeros_like(x_TD) + shared_experts(weights, kind, x_TD, jnp)

@@ -109,7 +109,7 @@ def test_what_counts_as_not_causal_does_see_later_tokens(options, training):
     assert not moe.causal
     assert earlier_changes(moe, training) > 0
     model = decoder_config(moe)
-    with pytest.raises(ConfigError, match="model.moe.priority=.*not causal.*allow_non_causal=True"):
+    with pytest.raises(ConfigError, match=r"model\.moe\.priority=.*not causal.*allow_non_causal=True"):
         Experiment(model=model, data=DataConfig(length=decoders.LENGTH))
     accepted = model.replace(moe__allow_non_causal=True)
     assert Experiment(model=accepted, data=DataConfig(length=decoders.LENGTH)).model == accepted

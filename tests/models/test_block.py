@@ -18,7 +18,9 @@ from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import DEFAULT
 
 SEGMENTS_BL = jnp.asarray([[1, 1, 1, 2, 2, 0]])
-CONTEXT = Context(SEGMENTS_BL, jnp.asarray([[0, 1, 2, 0, 1, 2]]), causal_mask(SEGMENTS_BL, SEGMENTS_BL), SEGMENTS_BL > 0)
+CONTEXT = Context(
+    SEGMENTS_BL, jnp.asarray([[0, 1, 2, 0, 1, 2]]), causal_mask(SEGMENTS_BL, SEGMENTS_BL), SEGMENTS_BL > 0
+)
 X_BLD = jax.random.normal(jax.random.key(1), (1, 6, 8))
 
 

@@ -12,6 +12,7 @@ import pytest
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder, build_decoder
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.layer import MoE
 from sparse_lm.sharding import DEFAULT
 
 TOKENS_BL = jnp.asarray([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
@@ -106,7 +107,9 @@ def test_weights_are_made_where_the_rules_put_them(mesh_of):
             ModelConfig(vocab_size=12, num_layers=2, d_model=8, num_heads=4, d_ff=8, moe=DROPLESS),
             DEFAULT,
         )
-        experts = model.stack.units[0].blocks[1].feed_forward.experts
+        sparse = model.stack.units[0].blocks[1].feed_forward
+        assert isinstance(sparse, MoE)
+        experts = sparse.experts
         assert experts.up_EDF.shape == (1, 4, 8, 4)
         assert experts.up_EDF[...].addressable_shards[0].data.shape == (1, 2, 4, 2)
         assert model.embedding.table_VD[...].addressable_shards[0].data.shape == (6, 4)

@@ -13,7 +13,9 @@ from sparse_lm.models.block import Context
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.stack import Stack, segments
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.layer import MoE
 from sparse_lm.nn.attention import causal_mask
+from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import DEFAULT
 
 F, T = False, True
@@ -52,7 +54,9 @@ def config(**options) -> ModelConfig:
 
 
 SEGMENTS_BL = jnp.asarray([[1, 1, 1, 1], [1, 1, 2, 0]])
-CONTEXT = Context(SEGMENTS_BL, jnp.broadcast_to(jnp.arange(4), (2, 4)), causal_mask(SEGMENTS_BL, SEGMENTS_BL), SEGMENTS_BL > 0)
+CONTEXT = Context(
+    SEGMENTS_BL, jnp.broadcast_to(jnp.arange(4), (2, 4)), causal_mask(SEGMENTS_BL, SEGMENTS_BL), SEGMENTS_BL > 0
+)
 X_BLD = jax.random.normal(jax.random.key(1), (2, 4, 8))
 
 
@@ -84,6 +88,8 @@ def test_layers_are_initialised_apart():
     stack = Stack(jax.random.key(0), config(), DEFAULT)
     assert stack.plan == ((1, (F,)), (2, (F, T)))
     dense, sparse = stack.units[1].blocks
+    assert isinstance(dense.feed_forward, Mlp)
+    assert isinstance(sparse.feed_forward, MoE)
     for weight in (dense.feed_forward.up_DF[...], sparse.feed_forward.experts.up_EDF[...]):
         assert weight.shape[0] == 2
         assert not np.array_equal(weight[0], weight[1])

@@ -70,7 +70,7 @@ def test_the_default_is_causal_for_every_top_k():
 
 def test_every_dispatcher_of_the_table_can_be_chosen():
     for name in DISPATCHERS:
-        assert MoEConfig(dispatcher=name).dispatcher == name
+        assert from_dict(MoEConfig, {"dispatcher": name}).dispatcher == name
 
 
 def test_round_trip_through_plain_dictionaries():
