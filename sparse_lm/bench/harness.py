@@ -56,7 +56,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where the times were taken. load: processes that wanted a core in the last minute, None where it is not known."""
+    """Where the times were taken. load: see `system_load`, before the benchmark began."""
 
     cpu: str
     cores: int
@@ -85,7 +85,8 @@ class Row(Protocol):
 class Comparison:
     """`case` timed against `against`: both do useful work of `flops` (and `flops_against`) on `tokens` in each call.
 
-    peak: FLOP/s of large matrix products measured in the same run, on all devices that take part: the limit.
+    peak: FLOP/s of large matrix products on all devices that take part: the limit. Measured in the same run, before
+    and after, and the larger of the two.
     work: FLOPs that the compiler counts in `case` over those in `against`, the work that is not useful included; at
     equal efficiency the ratio of the times would be this. None where the compiler cannot tell (loops).
     """
@@ -162,6 +163,8 @@ class Report:
         load = "" if here.load is None else f", load {here.load:.1f}"
         devices = f"{here.device_count} x {here.device_kind}{published}"
         head = [f"{self.name}, {self.date}", f"{here.cpu}, {here.cores} cores{load}; {devices}; jax {here.jax}"]
+        if here.load is not None and here.load > here.cores:
+            head.append("other processes keep the cores busy: seconds and peak are theirs too, and the ratios spread")
         return "\n".join([*head, *_table([row.cells() for row in self.rows])])
 
 
@@ -194,20 +197,25 @@ def paired(
     return Paired(statistics.median(ratios), min(ratios), max(ratios), seconds_a, seconds_b, repeats)
 
 
-def report(name: str, rows: Sequence[Row]) -> Report:
+def report(name: str, rows: Sequence[Row], load: float | None) -> Report:
     """The rows with the machine and the time. Starts jax's backend, where that has not happened yet."""
     now = datetime.datetime.now(datetime.UTC)
-    return Report(name, machine(), rows, now.isoformat(timespec="seconds"))
+    return Report(name, machine(load), rows, now.isoformat(timespec="seconds"))
 
 
-def machine() -> Machine:
+def system_load() -> float | None:
+    """Processes that wanted a core, on average over the last minute; None where it is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def machine(load: float | None) -> Machine:
     """The machine of this process."""
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that this process may use
     return Machine(
         cpu=_cpu_model(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load=load,
         python=platform.python_version(),
         jax=jax.__version__,
         platform=device.platform,

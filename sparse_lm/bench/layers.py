@@ -74,7 +74,9 @@ def moe_layer(options: Options) -> list[Comparison]:
     peak = matmul_peak(options.dtype)
     with jax.set_mesh(make_mesh({}, jax.local_devices()[:1])):
         dense = time_dense(sizes, options.dtype, options.activation)
-        return [compare(case, sizes, options, (dense, peak), repeats) for case in CASES]
+        rows = [compare(case, sizes, options, (dense, peak), repeats) for case in CASES]
+    peak = max(peak, matmul_peak(options.dtype))
+    return [dataclasses.replace(row, peak=peak) for row in rows]
 
 
 def compare(case: Case, sizes: Sizes, options: Options, against: tuple[Timed, float], repeats: int) -> Comparison:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sparse_lm.bench.harness import Options, Report, Row, report
+from sparse_lm.bench.harness import Options, Report, Row, report, system_load
 from sparse_lm.bench.layers import moe_layer
 from sparse_lm.bench.startup import startup
 from sparse_lm.bench.steps import train_step
@@ -31,7 +31,8 @@ def run_benchmark(name: str, options: Options) -> Report:
     """Runs one benchmark. Raises `ConfigError` on an unknown name, and what the benchmark raises."""
     if name not in BENCHMARKS:
         raise ConfigError("benchmark", name, closest(name, BENCHMARKS))
-    return report(name, BENCHMARKS[name].measure(options))
+    load = system_load()
+    return report(name, BENCHMARKS[name].measure(options), load)
 
 
 def summary() -> str:

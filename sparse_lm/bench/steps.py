@@ -37,6 +37,7 @@ def train_step(options: Options) -> list[Comparison]:
     with jax.set_mesh(mesh):
         repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
         times = paired(stepper(sparse, mesh), stepper(dense, mesh), repeats)
+    peak = max(peak, matmul_peak(sparse.model.dtype) * devices)
     tokens, length = sparse.train.batch_size * sparse.data.length, sparse.data.length
     moe = sparse.model.moe
     return [

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_lm.bench import harness
-from sparse_lm.bench.harness import Comparison, Paired, Report, machine, paired, report
+from sparse_lm.bench.harness import Comparison, Paired, Report, machine, paired, report, system_load
 
 
 class FakeClock:
@@ -135,11 +135,12 @@ def test_a_comparison_as_json_is_flat_and_complete():
 
 
 def test_a_report_names_its_machine():
-    made = report("moe_layer", [COMPARISON])
+    made = report("moe_layer", [COMPARISON], 0.5)
     here = made.machine
     assert here.jax == jax.__version__
     assert (here.device_kind, here.device_count) == (jax.devices()[0].device_kind, jax.device_count())
     assert here.cores >= 1
+    assert here.load == 0.5
     assert here.cpu
     values = json.loads(json.dumps(made.to_json()))
     assert values.keys() == {"name", "machine", "rows", "date"}
@@ -150,7 +151,7 @@ def test_a_report_names_its_machine():
 
 def test_the_table_is_aligned():
     other = dataclasses.replace(COMPARISON, case="E=64 k=1 einsum, a longer name", tokens=1)
-    text = Report("moe_layer", machine(), [COMPARISON, other], "2026-01-02T03:04:05+00:00").text().splitlines()
+    text = Report("moe_layer", machine(0.0), [COMPARISON, other], "2026-01-02T03:04:05+00:00").text().splitlines()
     assert text[0] == "moe_layer, 2026-01-02T03:04:05+00:00"
     assert f"jax {jax.__version__}" in text[1]
     assert text[2].startswith("case ")
@@ -159,13 +160,22 @@ def test_the_table_is_aligned():
 
 
 def test_what_is_not_known_of_the_machine_is_left_out():
-    bare = dataclasses.replace(machine(), load=None, published_peak=None)
+    bare = dataclasses.replace(machine(None), published_peak=None)
     line = Report("a", bare, [], "now").text()
     assert "load" not in line
     assert "published" not in line
-    known = dataclasses.replace(bare, load=1.25, published_peak=989e12)
+    known = dataclasses.replace(bare, load=1.25, cores=2, published_peak=989e12)
     assert "load 1.2; " in Report("a", known, [], "now").text()
     assert "published peak 989T FLOP/s" in Report("a", known, [], "now").text()
+
+
+def test_a_busy_machine_is_told():
+    here = dataclasses.replace(machine(0.0), cores=2)
+    for load, busy in ((2.0, False), (2.1, True)):
+        text = Report("a", dataclasses.replace(here, load=load), [], "now").text()
+        assert ("other processes keep the cores busy" in text) == busy
+    load = system_load()
+    assert load is None or load >= 0
 
 
 def test_the_cpu_is_read_where_it_stands(tmp_path):

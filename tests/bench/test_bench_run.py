@@ -56,8 +56,8 @@ def test_the_main_lists():
 
 def test_the_main_measures_one(tmp_path):
     file = tmp_path / "bench.json"
-    overrides = ["model.num_layers=2", "model.d_model=16", "model.d_ff=16", "data.length=16", "data.source=grammar"]
-    overrides += ["model.moe.num_experts=4", "model.moe.top_k=2"]
+    overrides = ["model.num_layers=1", "model.d_model=16", "model.d_ff=16", "data.length=16", "data.source=grammar"]
+    overrides += ["model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.every=1"]
     done = main("train_step", "--quick", f"--json={file}", *(f"--config.{override}" for override in overrides))
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())

@@ -14,12 +14,13 @@ from sparse_lm.config import ConfigError
 from sparse_lm.experiment import resolved
 from sparse_lm.models.counts import count, dense_twin
 
-EXPERIMENT = tiny.experiment(model__dropout=0.0, model__num_layers=2)
+EXPERIMENT = tiny.experiment(model__dropout=0.0, model__num_layers=1, model__moe__every=1)
 
 
 @pytest.fixture(autouse=True)
 def known_peak(monkeypatch):
-    monkeypatch.setattr(steps, "matmul_peak", lambda dtype: 1e9)
+    peaks = iter([1e9, 0.5e9])  # before and after
+    monkeypatch.setattr(steps, "matmul_peak", lambda dtype: next(peaks))
 
 
 def test_one_row_with_the_flops_of_both():
