@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -45,9 +47,7 @@ def trainer(config: Experiment, workdir: Path, devices: int = 1) -> Trainer:
 
 def run(config: Experiment, workdir: Path, devices: int = 1) -> Outcome:
     """Trains in `workdir`, or goes on there."""
-    made = trainer(config, workdir, devices)
-    with jax.set_mesh(made.mesh):
-        return made.run(io.StringIO(), count(made.experiment.model))
+    return finish(trainer(config, workdir, devices))
 
 
 def rows(workdir: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -61,3 +61,22 @@ def losses(workdir: Path) -> list[float]:
     found = rows(workdir)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["loss"] for row in found]
+
+
+def stopping(made: Trainer, after: int) -> Trainer:
+    """The trainer, which gets a SIGTERM while its step number `after` is computed."""
+    step = made.step
+
+    def stop(state, batch, key):
+        if int(state.step) == after - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, batch, key)
+
+    made.step = stop
+    return made
+
+
+def finish(made: Trainer, stream: TextIO | None = None) -> Outcome:
+    """Runs a trainer on its mesh."""
+    with jax.set_mesh(made.mesh):
+        return made.run(stream or io.StringIO(), count(made.experiment.model))
