@@ -23,10 +23,11 @@ from sparse_lm.sharding import Rules
 class Context:
     """What every layer of a forward pass sees beside the activations.
 
-    positions_BL, mask_BLT: see `Attention`. real_BL: False is padding. start: index in the cache of the first token,
-    or None without a cache.
+    ids_BL: token ids. positions_BL, mask_BLT: see `Attention`. real_BL: False is padding. start: index in the cache of
+    the first token, or None without a cache.
     """
 
+    ids_BL: Int[Array, "B L"]
     positions_BL: Int[Array, "B L"]
     mask_BLT: Bool[Array, "B L T"]
     real_BL: Bool[Array, "B L"]
@@ -67,7 +68,7 @@ class Block(nnx.Module):
         inputs = self.feed_forward_norm(x_BLD) if pre else x_BLD
         stats = None
         if isinstance(self.feed_forward, MoE):
-            y_BLD, stats = self.feed_forward(inputs, context.real_BL, feed_forward_key)
+            y_BLD, stats = self.feed_forward(inputs, context.real_BL, feed_forward_key, context.ids_BL)
         else:
             y_BLD = self.feed_forward(inputs, feed_forward_key)
         return (x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)), stats, cache

@@ -47,7 +47,7 @@ class Decoder(nnx.Module):
 
         segments_BL, positions_BL: see `Batch`. key: None is evaluation.
         """
-        context = Context(positions_BL, causal_mask(segments_BL, segments_BL), segments_BL > 0)
+        context = Context(tokens_BL, positions_BL, causal_mask(segments_BL, segments_BL), segments_BL > 0)
         logits_BLV, stats, _ = self._forward(tokens_BL, context, key, None)
         return logits_BLV, stats
 
@@ -74,7 +74,8 @@ class Decoder(nnx.Module):
         segments_BT: segment of every place of the cache, those of the new tokens included; 0 is padding.
         """
         segments_BL = jax.lax.dynamic_slice_in_dim(segments_BT, start, tokens_BL.shape[1], axis=1)
-        context = Context(positions_BL, causal_mask(segments_BL, segments_BT, start), segments_BL > 0, start)
+        mask_BLT = causal_mask(segments_BL, segments_BT, start)
+        context = Context(tokens_BL, positions_BL, mask_BLT, segments_BL > 0, start)
         logits_BLV, _, extended = self._forward(tokens_BL, context, None, cache)
         assert extended is not None
         return logits_BLV, extended

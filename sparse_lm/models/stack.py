@@ -7,6 +7,8 @@ a checkpoint does not depend on `scan_layers`.
 
 from __future__ import annotations
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sparse_lm.models.block import Block, Context
 from sparse_lm.models.config import ModelConfig
-from sparse_lm.moe.types import LayerStats
+from sparse_lm.moe.types import LayerStats, RouterStats
 from sparse_lm.nn.attention import KeyValues
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.sharding import Rules
@@ -85,6 +87,15 @@ class Stack(nnx.Module):
             all_caches.append(stored)
         stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *all_stats) if all_stats else None
         return x_BLD, stats, None if cache is None else tuple(all_caches)
+
+    def with_updated_routers(self, stats: RouterStats) -> Self:
+        """The stack after a step whose whole batch had these statistics, stacked over sparse layers (see `Router`)."""
+        new = jax.tree.map(lambda leaf: leaf, self)  # other modules around the same arrays
+        for unit, (_, pattern) in zip(new.units, self.plan, strict=True):
+            if pattern[-1]:  # the sparse layers are the last ones of the units of one segment
+                layer = unit.blocks[-1].feed_forward
+                layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, stats)
+        return new
 
     def _run(self, x_BLD, context, inputs, repeats):
         def body(x_BLD, inputs):

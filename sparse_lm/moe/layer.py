@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
@@ -12,7 +13,7 @@ from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.routers import RouterShape
 from sparse_lm.moe.slots import SlotRule, capacity
 from sparse_lm.moe.stats import dispatch_stats, router_stats
-from sparse_lm.moe.types import LayerStats
+from sparse_lm.moe.types import LayerStats, RouterInputs
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import Rules
@@ -31,11 +32,16 @@ class MoE(nnx.Module):
         self.shared = Mlp(shared, d_model, width, kind, rules, config.expert_dropout) if width else None
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], mask_BL: Bool[Array, "B L"], key: jax.Array | None = None
+        self,
+        x_BLD: Float[Array, "B L D"],
+        mask_BL: Bool[Array, "B L"],
+        key: jax.Array | None = None,
+        ids_BL: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerStats]:
         """The experts' output and the statistics of the routing.
 
-        mask_BL: False is padding, which reaches no routed expert. key: None is evaluation: no noise, no dropout, the
+        mask_BL: False is padding, which reaches no routed expert. ids_BL: token ids, for routers that look at them;
+        None is 0 everywhere. key: None is evaluation: no noise, no dropout, the
         capacity of evaluation. Raises `ValueError` when the tokens cannot be cut into groups.
         """
         config, rules = self.config, self.rules
@@ -45,8 +51,11 @@ class MoE(nnx.Module):
         mask_GS = rules.reshape(mask_BL, x_GSD.shape[:2], "GS")
         router_key, expert_key, shared_key = split_keys(key, 3)
 
-        decision, scores = self.router(x_GSD, mask_GS, router_key)
-        y_GSD, kept_GSK = self.dispatcher(size, training=key is not None)(self.experts, x_GSD, decision, expert_key)
+        ids_GS = rules.reshape(jnp.zeros_like(mask_BL, jnp.int32) if ids_BL is None else ids_BL, mask_GS.shape, "GS")
+        dispatcher = self.dispatcher(size, training=key is not None)
+        inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity)
+        decision, scores = self.router(inputs, router_key)
+        y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, decision, expert_key)
         y_BLD = rules.reshape(y_GSD, x_BLD.shape, "BLD")
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD, shared_key)

@@ -43,6 +43,7 @@ def router_stats(
         importance_UE=per_unit(probability_GSE),
         z_U=per_unit(jnp.square(scores.logsumexp_GS) * real_GS),
         entropy_U=per_unit(-jnp.sum(safe * jnp.log(safe), axis=-1)),
+        penalty_U=per_unit(real_GS * (0.0 if scores.penalty_GS is None else scores.penalty_GS)),
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 HISTOGRAM_BINS = 20
 POSITION_BINS = 16
@@ -19,11 +19,25 @@ def pytree_dataclass(cls):
 
 
 @pytree_dataclass
-class TokenChoice:
-    """Each token chooses experts.
+class RouterInputs:
+    """What a router may look at: G groups of S tokens. G may be cut over devices and S never is.
 
-    expert_GSK: the chosen expert, first choice first; -1 is no expert (padding, or a choice the router declined).
-    gate_GSK: its weight in the token's output, float32, before any drop; 0 where there is no expert.
+    x_GSD: activations. mask_GS: False is padding, which gets no expert. ids_GS: token ids. slots: how many tokens of a
+    group an expert takes, for routers that fill them (the others may choose as they like; what is too much is dropped).
+    """
+
+    x_GSD: Float[Array, "G S D"]
+    mask_GS: Bool[Array, "G S"]
+    ids_GS: Int[Array, "G S"]
+    slots: int = dataclasses.field(metadata={"static": True})
+
+
+@pytree_dataclass
+class TokenChoice:
+    """Which experts each token goes to, at most K; whether tokens chose experts or experts chose tokens.
+
+    expert_GSK: the experts, first choice first; -1 is none (padding, or a choice the router declined).
+    gate_GSK: the weight in the token's output, float32, before any drop; 0 where there is no expert.
     """
 
     expert_GSK: Int[Array, "G S K"]
@@ -34,11 +48,13 @@ class TokenChoice:
 class Scores:
     """What a router thought of every expert, whatever it decided; float32. Balance losses are made of it.
 
-    probability_GSE: sums to 1 over the experts. logsumexp_GS: of the logits.
+    probability_GSE: sums to 1 over the experts. logsumexp_GS: of the logits. penalty_GS: a loss of the router's own per
+    token, its weight included; None is 0.
     """
 
     probability_GSE: Float[Array, "G S E"]
     logsumexp_GS: Float[Array, "G S"]
+    penalty_GS: Float[Array, "G S"] | None = None
 
 
 @pytree_dataclass
@@ -50,7 +66,8 @@ class RouterStats:
 
     tokens_U: real tokens. padding_U: the others. declined_U: choices of real tokens that the router left unused.
     load_UE: assignments per expert, before drops. importance_UE: sum of the probabilities.
-    z_U: sum of squared logsumexp. entropy_U: sum of the entropies of the probabilities, in nats.
+    z_U: sum of squared logsumexp. entropy_U: sum of the entropies of the probabilities, in nats. penalty_U: sum of the
+    router's own penalties.
     """
 
     tokens_U: Int[Array, "*N U"]
@@ -60,6 +77,7 @@ class RouterStats:
     importance_UE: Float[Array, "*N U E"]
     z_U: Float[Array, "*N U"]
     entropy_U: Float[Array, "*N U"]
+    penalty_U: Float[Array, "*N U"]
 
 
 @pytree_dataclass

@@ -88,7 +88,8 @@ def causal_loss(
         else:
             balance_N = load_balance(router, totals.tokens)
         z_N = z_loss(router, totals.tokens)
-        total = loss + balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N)
+        penalty = jnp.sum(router.penalty_U) / jnp.maximum(totals.tokens, 1)
+        total = loss + balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N) + penalty
         summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
         stats = LayerStats(type(router)(**summed), stats.dispatch)
     parts = LossParts(

@@ -55,11 +55,13 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
         def keep(new, old):
             return jnp.where(finite, new, old)
 
-        parameters = jax.tree.map(keep, rules.shard_parameters(updated), parameters)
+        model = nnx.merge(graph, updated, rest)
+        if parts.stats is not None:
+            model.stack = model.stack.with_updated_routers(parts.stats.router)
+        model = jax.tree.map(keep, rules.shard_parameters(model), state.model)
         optimizer_state = jax.tree.map(keep, rules.shard_parameters(optimizer_state), state.optimizer)
         skipped = 1 - finite.astype(jnp.int32)
         nonfinite, in_a_row = state.nonfinite + skipped, (state.nonfinite_in_a_row + 1) * skipped
-        model = nnx.merge(graph, parameters, rest)
         new = TrainState(state.step + 1, model, optimizer_state, nonfinite, in_a_row)
         return new, StepMetrics(total, parts, norm, finite, nonfinite, in_a_row)
 

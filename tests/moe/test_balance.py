@@ -17,7 +17,7 @@ def stats_of(load_UE, importance_UE, tokens_U, z_U=None) -> RouterStats:
     tokens = jnp.asarray([tokens_U], jnp.int32)
     zero = jnp.zeros(tokens.shape)
     z = zero if z_U is None else jnp.asarray([z_U], jnp.float32)
-    return RouterStats(tokens, 0 * tokens, 0 * tokens, load, importance, z, zero)
+    return RouterStats(tokens, 0 * tokens, 0 * tokens, load, importance, z, zero, zero)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -46,7 +46,7 @@ LOAD, IMPORTANCE, TOKENS = [[3, 1], [0, 2]], [[2.5, 1.5], [0.5, 1.5]], [4, 2]
 
 def test_scopes_by_hand():
     stats, tokens = stats_of(LOAD, IMPORTANCE, TOKENS), jnp.asarray(6)
-    # Per unit: 2 * (3/4 * 2.5/4 + 1/4 * 1.5/4) = 1.125 and 2 * (1.5/2) = 1.5; weighted by tokens (4 * 1.125 + 2 * 1.5)/6.
+    # Per unit: 2 * (3/4 * 2.5/4 + 1/4 * 1.5/4) = 1.125 and 2 * (1.5/2) = 1.5; together 1.25.
     np.testing.assert_allclose(load_balance(stats, tokens), [1.25], rtol=1e-6)
     # Whole batch: f = (3/6, 3/6), P = (3/6, 3/6).
     whole = jnp.asarray([[3, 3]])

@@ -9,6 +9,7 @@ import pytest
 
 from sparse_lm.moe.routers import ROUTERS, Router, RouterConfig, RouterShape
 from sparse_lm.moe.routers.base import LinearScores
+from sparse_lm.moe.types import RouterInputs
 from sparse_lm.sharding import DEFAULT
 
 SHAPE = RouterShape(6, 4, 2)
@@ -61,7 +62,9 @@ def test_every_router_of_the_table_follows_the_contract(kind):
     router = config.build(jax.random.key(0), SHAPE, DEFAULT)
     assert isinstance(router, Router)
     mask = jnp.asarray([[True, True, False]] * 2)
-    decision, scores = router(jax.random.normal(jax.random.key(1), (2, 3, 6), jnp.bfloat16), mask, jax.random.key(2))
+    x_GSD = jax.random.normal(jax.random.key(1), (2, 3, 6), jnp.bfloat16)
+    inputs = RouterInputs(x_GSD, mask, jnp.zeros((2, 3), jnp.int32), slots=3)
+    decision, scores = router(inputs, jax.random.key(2))
     assert decision.expert_GSK.shape == decision.gate_GSK.shape == (2, 3, 2)
     assert decision.gate_GSK.dtype == scores.probability_GSE.dtype == scores.logsumexp_GS.dtype == jnp.float32
     assert np.all(np.asarray(decision.expert_GSK)[:, 2] == -1)

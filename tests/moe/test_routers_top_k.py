@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 
 from sparse_lm.config import ConfigError
 from sparse_lm.moe.routers import RouterShape
-from sparse_lm.moe.routers.top_k import TopK
+from sparse_lm.moe.routers.top_k import TopK, TopKRouter
+from sparse_lm.moe.types import RouterInputs
 from sparse_lm.sharding import DEFAULT
 
 PROBABILITY = np.array([0.1, 0.5, 0.05, 0.35])  # second choice: expert 3; its share is 0.35 / 0.85
@@ -19,9 +22,11 @@ SHARE = 0.35 / 0.85
 def route(config: TopK, top_k: int, tokens: int = 1, key=None, mask=None, probability=PROBABILITY):
     """A router whose logits are log(probability), on equal tokens."""
     router = config.build(jax.random.key(0), RouterShape(4, 4, top_k), DEFAULT)
+    assert isinstance(router, TopKRouter)
     router.scores.weight_DE[...] = jnp.diag(jnp.asarray(np.log(probability) + 1.0, jnp.float32))
     mask = jnp.ones((1, tokens), bool) if mask is None else mask
-    decision, scores = jax.jit(lambda router, *inputs: router(*inputs))(router, jnp.ones((1, tokens, 4)), mask, key)
+    inputs = RouterInputs(jnp.ones((1, tokens, 4)), mask, jnp.zeros((1, tokens), jnp.int32), tokens)
+    decision, scores = jax.jit(lambda router, inputs, key: router(inputs, key))(router, inputs, key)
     return np.asarray(decision.expert_GSK[0]), np.asarray(decision.gate_GSK[0]), scores
 
 
@@ -40,15 +45,15 @@ def route(config: TopK, top_k: int, tokens: int = 1, key=None, mask=None, probab
         ({"second_expert": "mesh_tf"}, [0.5, 0.35]),
     ],
 )
-def test_gates_by_hand(options, gates):
+def test_gates_by_hand(options: dict[str, Any], gates):
     expert_SK, gate_SK, _ = route(TopK(**options), 2)
     np.testing.assert_allclose(gate_SK[0], gates, rtol=1e-5)
     np.testing.assert_array_equal(expert_SK[0], [1, 3 if gates[1] else -1])
 
 
 def test_scores_are_over_all_experts_and_see_no_policy():
-    for options in ({}, {"gate": "softmax_after"}, {"second_expert": "none"}):
-        _, _, scores = route(TopK(**options), 2)
+    for config in (TopK(), TopK(gate="softmax_after"), TopK(second_expert="none")):
+        _, _, scores = route(config, 2)
         np.testing.assert_allclose(scores.probability_GSE[0, 0], PROBABILITY, rtol=1e-5)
         np.testing.assert_allclose(scores.logsumexp_GS[0, 0], 1.0, rtol=1e-5)  # log(sum p) + 1
 
@@ -73,7 +78,7 @@ TOKENS = 20_000
         ({"second_expert": "gshard"}, np.array([0.04, 0.9, 0.01, 0.05]), 2 * 0.05 / 0.95),
     ],
 )
-def test_random_policies_use_the_second_expert_as_often_as_they_say(options, probability, expected):
+def test_random_policies_use_the_second_expert_as_often_as_they_say(options: dict[str, Any], probability, expected):
     expert_SK, _, _ = route(TopK(**options), 2, TOKENS, jax.random.key(1), probability=probability)
     assert np.all(expert_SK[:, 0] == 1)
     frequency = np.mean(expert_SK[:, 1] == 3)
@@ -106,7 +111,8 @@ def test_no_gradient_through_the_decision_of_a_policy():
     router = TopK(second_expert="threshold").build(jax.random.key(0), RouterShape(4, 4, 2), DEFAULT)
 
     def second_gate(x_GSD):
-        return router(x_GSD, jnp.ones((1, 8), bool), None)[0].gate_GSK[..., 1].sum()
+        inputs = RouterInputs(x_GSD, jnp.ones((1, 8), bool), jnp.zeros((1, 8), jnp.int32), 8)
+        return router(inputs, None)[0].gate_GSK[..., 1].sum()
 
     gradient = jax.grad(second_gate)(jax.random.normal(jax.random.key(1), (1, 8, 4)))
     assert np.all(np.isfinite(gradient))
@@ -124,7 +130,7 @@ def test_no_gradient_through_the_decision_of_a_policy():
         ({"second_expert": "none", "renormalise": "after_drop", "gate": "softmax_after"}, 4, "renormalise"),
     ],
 )
-def test_gates_that_are_always_one_are_refused(options, top_k, key):
+def test_gates_that_are_always_one_are_refused(options: dict[str, Any], top_k, key):
     with pytest.raises(ConfigError) as error:
         TopK(**options).check_shape(RouterShape(4, 8, top_k))
     assert error.value.key == key
@@ -132,11 +138,11 @@ def test_gates_that_are_always_one_are_refused(options, top_k, key):
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": "softmax_after"}, {"second_expert": "none"}])
-def test_the_rest_is_accepted(options):
+def test_the_rest_is_accepted(options: dict[str, Any]):
     TopK(**options).check_shape(RouterShape(4, 8, 2))
 
 
 @pytest.mark.parametrize("options", [{"jitter": 1.0}, {"second_threshold": 0.0}, {"init_scale": 0.0}, {"gate": "tanh"}])
-def test_bounds(options):
+def test_bounds(options: dict[str, Any]):
     with pytest.raises(ConfigError, match=next(iter(options))):
         TopK(**options)

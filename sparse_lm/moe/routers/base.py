@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sparse_lm.config import Config
-from sparse_lm.moe.types import Scores, TokenChoice
+from sparse_lm.moe.types import RouterInputs, RouterStats, Scores, TokenChoice
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.sharding import Rules
 
@@ -25,6 +26,10 @@ class RouterShape:
     top_k: int
 
 
+class RouterState(nnx.Variable):
+    """What a router changes by a rule and not by gradients: updated by the train step, checkpointed, never cut."""
+
+
 class Router(nnx.Module, abc.ABC):
     """Decides which experts see which tokens. All arithmetic is float32, whatever the dtype of x.
 
@@ -32,13 +37,12 @@ class Router(nnx.Module, abc.ABC):
     """
 
     @abc.abstractmethod
-    def __call__(
-        self, x_GSD: Float[Array, "G S D"], mask_GS: Bool[Array, "G S"], key: jax.Array | None
-    ) -> tuple[TokenChoice, Scores]:
-        """Decides for G groups of S tokens. mask_GS: False is padding, which gets no expert. key: None is evaluation.
+    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
+        """Decides for every group by itself. key: None is evaluation."""
 
-        G may be cut over devices and S never is, so that each group can be decided where it lies.
-        """
+    def updated(self, stats: RouterStats) -> Self:
+        """The router after a step whose whole batch had these statistics (U = 1); itself, unless it holds a state."""
+        return self
 
 
 class RouterConfig(Config, abc.ABC):

@@ -7,11 +7,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from sparse_lm.config import ConfigError, option
 from sparse_lm.moe.routers.base import LinearScores, Router, RouterConfig, RouterShape
-from sparse_lm.moe.types import Scores, TokenChoice
+from sparse_lm.moe.types import RouterInputs, Scores, TokenChoice
 from sparse_lm.sharding import Rules
 
 
@@ -75,20 +74,18 @@ class TopKRouter(Router):
         self.config, self.top_k = config, shape.top_k
         self.scores = LinearScores(key, shape, config.init_scale, rules)
 
-    def __call__(
-        self, x_GSD: Float[Array, "G S D"], mask_GS: Bool[Array, "G S"], key: jax.Array | None
-    ) -> tuple[TokenChoice, Scores]:
+    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
         """See `Router`."""
         config = self.config
         jitter_key, policy_key = (None, None) if key is None else jax.random.split(key)
-        logits_GSE = self.scores(x_GSD, config.jitter, jitter_key)
+        logits_GSE = self.scores(inputs.x_GSD, config.jitter, jitter_key)
         probability_GSE = jax.nn.softmax(logits_GSE, axis=-1)
         chosen_GSK, expert_GSK = jax.lax.top_k(logits_GSE, self.top_k)
         if config.gate == "softmax_after":
             gate_GSK = jax.nn.softmax(chosen_GSK, axis=-1)
         else:
             gate_GSK = jnp.take_along_axis(probability_GSE, expert_GSK, axis=-1)
-        used_GSK = self._used(gate_GSK, policy_key) & mask_GS[..., None]
+        used_GSK = self._used(gate_GSK, policy_key) & inputs.mask_GS[..., None]
         if config.renormalise == "before_drop":
             # GShard normalises over the candidates, before its policy may leave the second one unused.
             gate_GSK = gate_GSK / jnp.sum(gate_GSK, axis=-1, keepdims=True)
