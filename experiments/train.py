@@ -22,7 +22,7 @@ def main() -> None:
     """Trains, then prints a sample and what to do next."""
     from sparse_lm.train.session import train
 
-    workdir = Path(WORKDIR.value)
+    workdir = Path(str(WORKDIR.value))
     session = train(experiment(CONFIG.value), workdir, sys.stdout)
     tokens = session.experiment.train.sample_tokens
     if session.outcome.stopped:

@@ -46,8 +46,8 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
 
     def evaluate(model: Decoder, batches: Sequence[Batch]) -> Evaluation:
         each = [jax.device_get(parts(model, batch)) for batch in batches]
-        nats = np.sum([p.domain_loss for p in each], axis=0, dtype=np.float64)
-        targets = np.sum([p.domain_targets for p in each], axis=0, dtype=np.float64)
+        nats = np.stack([p.domain_loss for p in each]).sum(axis=0, dtype=np.float64)
+        targets = np.stack([p.domain_targets for p in each]).sum(axis=0, dtype=np.float64)
         dropped = violation = None
         if each[0].stats is not None:
             stats = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *[p.stats for p in each])

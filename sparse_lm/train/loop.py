@@ -182,7 +182,7 @@ class Recorder:
             self.write(
                 row
                 | {
-                    "learning_rate": float(self.schedule(step - 1)),
+                    "learning_rate": float(jax.numpy.asarray(self.schedule(step - 1))),
                     "tokens_per_second": rate,
                     "mfu": None if rate is None else rate * self.mfu_per_rate,
                     "step_seconds": self.clock.step_seconds,
