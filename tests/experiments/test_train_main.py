@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import mains
-import overrides
+import overrides  # pyright: ignore[reportMissingImports]  (conftest.py makes it importable)
 import pytest
 import tiny
 from absl import flags

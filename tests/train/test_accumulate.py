@@ -31,6 +31,7 @@ def uneven() -> Batch:
 
 
 def outcome(number: int, **balance):
+    assert MODEL.moe is not None
     moe = MODEL.moe.replace(balance=BalanceConfig(load=0.1, z=0.01, **balance))
     model = build_decoder(jax.random.key(0), MODEL.replace(moe=moe), DEFAULT)
     function = jax.jit(loss_and_gradients, static_argnums=(3, 4))

@@ -89,6 +89,7 @@ def test_no_assignment_is_lost(tmp_path):
 
     def watched(state, batch, key):
         state, metrics = step(state, batch, key)
+        assert metrics.parts.stats is not None
         lost.append(np.asarray(unaccounted(metrics.parts.stats, 2)).tolist())
         return state, metrics
 

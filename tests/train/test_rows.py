@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -25,48 +27,53 @@ ROUTING = {
 BASE = {"step", "split", "loss", "total_loss", "gradient_norm", "nonfinite_steps", "dropped_fraction"}
 
 
+def host(numbers) -> Any:
+    """Arrays as `jax.device_get` returns them, whose type is not that of the fields."""
+    return np.asarray(numbers)
+
+
 def stats() -> LayerStats:
     """Two layers, two experts, top-2 of 10 real tokens in one unit; three choices of layer 0 were declined."""
     router = RouterStats(
-        tokens_U=np.array([[10], [10]]),
-        padding_U=np.array([[6], [6]]),
-        declined_U=np.array([[4], [0]]),
-        load_UE=np.array([[[12, 4]], [[10, 10]]]),
-        importance_UE=np.array([[[6.0, 4.0]], [[5.0, 5.0]]]),
-        z_U=np.array([[20.0], [10.0]]),
-        entropy_U=np.array([[5.0], [7.0]]),
-        penalty_U=np.zeros((2, 1)),
+        tokens_U=host([[10], [10]]),
+        padding_U=host([[6], [6]]),
+        declined_U=host([[4], [0]]),
+        load_UE=host([[[12, 4]], [[10, 10]]]),
+        importance_UE=host([[[6.0, 4.0]], [[5.0, 5.0]]]),
+        z_U=host([[20.0], [10.0]]),
+        entropy_U=host([[5.0], [7.0]]),
+        penalty_U=host(np.zeros((2, 1))),
     )
-    by_place = np.zeros((2, POSITION_BINS), int)
+    by_place = host(np.zeros((2, POSITION_BINS), int))
     by_place[:, 0], by_place[:, 15] = 4, 12
-    dropped = np.zeros((2, POSITION_BINS), int)
+    dropped = host(np.zeros((2, POSITION_BINS), int))
     dropped[0, 15], dropped[1, 15] = 6, 3
-    histogram = np.zeros((2, HISTOGRAM_BINS), int)
+    histogram = host(np.zeros((2, HISTOGRAM_BINS), int))
     histogram[0, 3] = 10
     dispatch = DispatchStats(
-        kept=np.array([10, 17]),
-        dropped=np.array([6, 3]),
-        served=np.array([[2, 6, 2], [0, 3, 7]]),
+        kept=host([10, 17]),
+        dropped=host([6, 3]),
+        served=host([[2, 6, 2], [0, 3, 7]]),
         gate_histogram=histogram,
         routed_by_position=by_place,
         dropped_by_position=dropped,
-        gate_mass=np.array([10.0, 10.0]),
-        kept_gate_mass=np.array([6.0, 9.0]),
+        gate_mass=host([10.0, 10.0]),
+        kept_gate_mass=host([6.0, 9.0]),
     )
-    return LayerStats(router, dispatch)  # type: ignore[arg-type]
+    return LayerStats(router, dispatch)
 
 
 def metrics(layer_stats: LayerStats | None) -> StepMetrics:
-    two = np.zeros(0) if layer_stats is None else np.array([1.2, 1.0])
+    two = host([]) if layer_stats is None else host([1.2, 1.0])
     parts = LossParts(
-        loss=np.float32(2.5),
+        loss=host(np.float32(2.5)),
         load_balance_N=two,
         z_N=two,
-        domain_loss=np.array([20.0, 5.0]),
-        domain_targets=np.array([8.0, 2.0]),
+        domain_loss=host([20.0, 5.0]),
+        domain_targets=host([8.0, 2.0]),
         stats=layer_stats,
-    )  # type: ignore[arg-type]
-    return StepMetrics(np.float32(2.75), parts, np.float32(0.5), np.bool_(True), np.int32(3), np.int32(0))  # type: ignore[arg-type]
+    )
+    return StepMetrics(host(2.75), parts, host(0.5), host(True), host(3), host(0))
 
 
 def test_a_dense_row_has_nothing_of_routing():

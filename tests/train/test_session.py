@@ -60,7 +60,8 @@ def test_the_verdict_is_that_of_the_rows(workdir):
     result = verdict(load_run(workdir))
     assert result.train_loss == tiny.rows(workdir)[-1]["loss"]
     assert result.validation_loss == tiny.rows(workdir, "validation")[-1]["loss"]
-    assert result.best_loss is not None and result.best_loss < result.validation_loss
+    assert result.best_loss is not None and result.validation_loss is not None
+    assert result.best_loss < result.validation_loss
     assert result.nonfinite_steps == 0
 
 

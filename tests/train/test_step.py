@@ -71,6 +71,7 @@ def test_a_step_is_one_update_by_the_gradients_of_the_batch():
 
 
 def test_the_total_is_the_loss_and_the_weighted_router_losses():
+    assert MODEL.moe is not None
     balance = MODEL.moe.balance
     _, metrics = STEP(fresh(), batch(), ROOT)
     parts = metrics.parts
