@@ -43,7 +43,8 @@ def experiment(config):
             node[name] = None
     for key in _SET:
         node, name = _node(config, key)
-        if node is not None and name == "kind":  # another kind starts from its own defaults, not from the options of the file's
+        # Another kind starts from its own defaults, not from the options of the file's.
+        if node is not None and name == "kind":
             chosen = {k.rpartition(".")[2] for k in _SET if k.rpartition(".")[0] == key.rpartition(".")[0]}
             for other in [option for option in node if option not in chosen]:
                 del node[other]
