@@ -12,6 +12,7 @@ from typing import Any
 from sparse_lm.config import from_dict
 from sparse_lm.moe.config import BalanceConfig, MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS as DISPATCHER_CLASSES
+from sparse_lm.moe.routers import RouterConfig
 from sparse_lm.moe.routers.top_k import TopK
 
 
@@ -27,12 +28,19 @@ class Case:
 ROUTER_SCALE = 4.0  # logits of a few units, so that experts are unevenly loaded and a capacity of 1 drops
 
 
-def moe(top_k: int, router: dict[str, Any] | None = None, scope: str = "global", **options: Any) -> MoEConfig:
-    """Eight experts whose capacity, in training and in evaluation, drops some assignments."""
-    options = {"capacity_factor": 1.0, "capacity_factor_eval": 1.0, "d_expert": 8, "every": 1, **options}
-    top_k_router = TopK(init_scale=ROUTER_SCALE, **(router or {}))
+def moe(
+    top_k: int, router: dict[str, Any] | RouterConfig | None = None, scope: str = "global", **options: Any
+) -> MoEConfig:
+    """Eight experts whose capacity, in training and in evaluation, drops some assignments.
+
+    router: options of a top-k router, or the configuration of another kind.
+    """
+    defaults = {"capacity_factor": 1.0, "capacity_factor_eval": 1.0, "priority": "first_choice"}
+    options = {**defaults, "d_expert": 8, "every": 1, **options}
+    if not isinstance(router, RouterConfig):
+        router = TopK(init_scale=ROUTER_SCALE, **(router or {}))
     balance = from_dict(BalanceConfig, {"scope": scope})
-    return MoEConfig(num_experts=8, top_k=top_k, router=top_k_router, balance=balance, **options)
+    return MoEConfig(num_experts=8, top_k=top_k, router=router, balance=balance, **options)
 
 
 ROUTER_CASES: dict[str, Case] = {

@@ -91,6 +91,7 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
             balance, z = load_balance(router, tokens, whole)[0], z_loss(router, tokens)[0]
             total = jnp.sum(jnp.square(y_BLD.astype(jnp.float32)))
             total = total + oracle.LOAD_WEIGHT * balance + oracle.Z_WEIGHT * z
+            total = total + jnp.sum(stats.router.penalty_U) / jnp.maximum(tokens, 1)
             return total, (y_BLD, balance, z, stats, unaccounted(stats, case.moe.top_k))
 
         function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))

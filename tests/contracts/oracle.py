@@ -1,6 +1,7 @@
 """A sparse layer in float64, one token at a time: what every router, dispatcher and mesh is compared with.
 
-It shares no code with the package. `layer` is the literal program: a loop over tokens, over assignments in the order
+It shares no code with the package. What kinds of router differ in stands in files of its own (`oracle_choice` says
+what); the rest is the same for all. `layer` is the literal program: a loop over tokens, over assignments in the order
 of their priority, over kept assignments. `gradients` differentiates the same arithmetic with the decisions held fixed
 (they are constant almost everywhere), and `test_contract_oracle` shows that both give the same loss.
 """
@@ -15,9 +16,12 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle_top_k
+from oracle_choice import Choice, Group, RouterOracle
 
 from sparse_lm.moe.config import MoEConfig
-from sparse_lm.moe.routers.top_k import TopK
+
+ROUTERS: dict[str, RouterOracle] = {"top_k": oracle_top_k.ORACLE}
 
 LOAD_WEIGHT, Z_WEIGHT = 10.0, 3.0  # large, so that a wrong router loss shows beside the sum of squares
 
@@ -36,10 +40,25 @@ class Problem:
     mask_BL: np.ndarray
 
     @property
-    def router(self) -> TopK:
-        """The router's options; another kind of router needs a `choose` of its own."""
-        assert isinstance(self.config.router, TopK)
-        return self.config.router
+    def router(self) -> RouterOracle:
+        """The oracle of the kind of router that the layer has."""
+        return ROUTERS[self.config.router.kind]
+
+    @property
+    def after_drop(self) -> bool:
+        """Whether gates are renormalised over what was kept."""
+        return getattr(self.config.router, "renormalise", "none") == "after_drop"
+
+    @property
+    def group_size(self) -> int:
+        """Tokens that compete for the same slots."""
+        return self.config.group_size or self.x_BLD.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Slots per expert and group."""
+        factor = self.config.capacity_factor if self.training else self.config.capacity_factor_eval
+        return slots_per_expert(factor, self.config.top_k, self.group_size, self.config.num_experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +76,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """candidate_TK: the k best experts. used_TK: chosen by policy, and no padding. kept_TK: found a slot."""
+    """candidate_TK: experts considered. used_TK: chosen by policy, and no padding. kept_TK: found a slot."""
 
     y_BLD: np.ndarray
     loss: float
@@ -67,12 +86,6 @@ class Answer:
     used_TK: np.ndarray
     kept_TK: np.ndarray
     units: list[Unit]
-
-
-def softmax(values):
-    """exp(v) / sum exp(v)."""
-    powers = [math.exp(value - max(values)) for value in values]
-    return [power / sum(powers) for power in powers]
 
 
 def slots_per_expert(factor: float | None, top_k: int, size: int, num_experts: int) -> int:
@@ -99,27 +112,6 @@ def hand_out_slots(expert_SK, gate_SK, num_slots: int, priority: str):
             taken[expert] = taken.get(expert, 0) + 1
             kept[token, choice] = True
     return kept
-
-
-def choose(logits_E, router: TopK, top_k: int):
-    """(experts, gates before any renormalisation, used) of one real token, without noise."""
-    best = sorted(range(len(logits_E)), key=lambda expert: -logits_E[expert])[:top_k]
-    if router.gate == "softmax_after":
-        gates = softmax([logits_E[expert] for expert in best])
-    else:
-        gates = [softmax(list(logits_E))[expert] for expert in best]
-    used = []
-    for choice in range(top_k):
-        share = gates[choice] / sum(gates[:2])
-        by_policy = {
-            "all": True,
-            "none": False,
-            "threshold": share > router.second_threshold,
-            "gshard": True,  # in evaluation
-            "mesh_tf": True,  # in evaluation
-        }[router.second_expert]
-        used.append(choice == 0 or by_policy)
-    return best, gates, used
 
 
 def hidden(kind: str, x, up, gate, xp):
@@ -155,29 +147,21 @@ def layer(problem: Problem) -> Answer:
     config, weights = problem.config, problem.weights
     batch, length, width = problem.x_BLD.shape
     x_TD, mask_T = problem.x_BLD.reshape(-1, width), problem.mask_BL.reshape(-1)
-    tokens, num_experts, top_k = batch * length, config.num_experts, config.top_k
-    logits_TE = x_TD @ weights["weight_DE"]
-    candidate_TK, gate_TK = np.zeros((tokens, top_k), int), np.zeros((tokens, top_k))
-    used_TK = np.zeros((tokens, top_k), bool)
-    for t in range(tokens):
-        candidate_TK[t], gate_TK[t], used_TK[t] = choose(logits_TE[t], problem.router, top_k)
-        used_TK[t] &= mask_T[t]
-        if problem.router.renormalise == "before_drop":
-            gate_TK[t] /= sum(gate_TK[t])
+    tokens, num_experts, size = batch * length, config.num_experts, problem.group_size
+    groups = [Group(x_TD[i : i + size], mask_T[i : i + size], problem.slots) for i in range(0, tokens, size)]
+    choices = [problem.router.decide(problem, group) for group in groups]
+    candidate_TK = np.concatenate([choice.candidate_SK for choice in choices])
+    gate_TK = np.concatenate([choice.gate_SK for choice in choices])
+    used_TK = np.concatenate([choice.used_SK for choice in choices]) & mask_T[:, None]
     kept_TK = _kept(problem, candidate_TK, gate_TK, used_TK)
     y_TD = np.zeros((tokens, width))
     for t in range(tokens):
-        total = sum(gate_TK[t, k] for k in range(top_k) if kept_TK[t, k])
-        for k in range(top_k):
-            if kept_TK[t, k]:
-                weight = gate_TK[t, k] / total if problem.router.renormalise == "after_drop" else gate_TK[t, k]
-                y_TD[t] += weight * expert(weights, problem.activation, candidate_TK[t, k], x_TD[t], np)
+        total = sum(gate_TK[t][kept_TK[t]])
+        for k in np.flatnonzero(kept_TK[t]):
+            weight = gate_TK[t, k] / total if problem.after_drop else gate_TK[t, k]
+            y_TD[t] += weight * expert(weights, problem.activation, candidate_TK[t, k], x_TD[t], np)
         y_TD[t] += shared_experts(weights, problem.activation, x_TD[t], np)
-    units = [
-        _unit(logits_TE[i : i + size], mask_T[i : i + size], candidate_TK[i : i + size], used_TK[i : i + size])
-        for size in [unit_size(problem)]
-        for i in range(0, tokens, size)
-    ]
+    units = _units(problem, choices, candidate_TK, used_TK)
     real = max(sum(unit.tokens for unit in units), 1)
     shares = [share_E for _, share_E in shares_of(units, config.balance.scope)]
     balance = sum(
@@ -186,14 +170,14 @@ def layer(problem: Problem) -> Answer:
         for e in range(num_experts)
     )
     balance, z = balance / real, sum(unit.z for unit in units) / real
-    loss = float(np.sum(y_TD**2) + LOAD_WEIGHT * balance + Z_WEIGHT * z)
+    penalty = sum(choice.penalty for choice in choices) / real
+    loss = float(np.sum(y_TD**2) + LOAD_WEIGHT * balance + Z_WEIGHT * z + penalty)
     return Answer(y_TD.reshape(problem.x_BLD.shape), loss, balance, z, candidate_TK, used_TK, kept_TK, units)
 
 
 def unit_size(problem: Problem) -> int:
     """Tokens of a statistics unit."""
-    length = problem.x_BLD.shape[1]
-    return length if problem.config.balance.scope == "sequence" else problem.config.group_size or length
+    return problem.x_BLD.shape[1] if problem.config.balance.scope == "sequence" else problem.group_size
 
 
 def shares_of(units: list[Unit], scope: str):
@@ -205,30 +189,33 @@ def shares_of(units: list[Unit], scope: str):
 
 
 def _kept(problem: Problem, candidate_TK, gate_TK, used_TK):
-    config = problem.config
-    size = config.group_size or problem.x_BLD.shape[1]
-    factor = config.capacity_factor if problem.training else config.capacity_factor_eval
-    num_slots = slots_per_expert(factor, config.top_k, size, config.num_experts)
+    size = problem.group_size
     asked_TK = np.where(used_TK, candidate_TK, -1)
     groups = [
-        hand_out_slots(asked_TK[i : i + size], gate_TK[i : i + size], num_slots, config.priority)
+        hand_out_slots(asked_TK[i : i + size], gate_TK[i : i + size], problem.slots, problem.config.priority)
         for i in range(0, len(asked_TK), size)
     ]
     return np.concatenate(groups)
 
 
-def _unit(logits_SE, mask_S, candidate_SK, used_SK) -> Unit:
-    load_E, importance_E = np.zeros(logits_SE.shape[1]), np.zeros(logits_SE.shape[1])
-    declined, z, entropy = 0, 0.0, 0.0
-    for t in np.flatnonzero(mask_S):
-        probability_E = np.array(softmax(list(logits_SE[t])))
-        importance_E += probability_E
-        entropy -= float(np.sum(probability_E * np.log(probability_E)))
-        z += math.log(sum(math.exp(value) for value in logits_SE[t])) ** 2
-        for expert_, used in zip(candidate_SK[t], used_SK[t], strict=True):
-            load_E[expert_] += used
-            declined += int(not used)
-    return Unit(int(mask_S.sum()), int((~mask_S).sum()), declined, load_E, importance_E, z, entropy)
+def _units(problem: Problem, choices: list[Choice], candidate_TK, used_TK) -> list[Unit]:
+    mask_T, size = problem.mask_BL.reshape(-1), unit_size(problem)
+    probability_TE = np.concatenate([choice.probability_SE for choice in choices])
+    logsumexp_T = np.concatenate([choice.logsumexp_S for choice in choices])
+    units = []
+    for first in range(0, len(mask_T), size):
+        load_E, importance_E = np.zeros(problem.config.num_experts), np.zeros(problem.config.num_experts)
+        declined, z, entropy = 0, 0.0, 0.0
+        real = [t for t in range(first, first + size) if mask_T[t]]
+        for t in real:
+            importance_E += probability_TE[t]
+            entropy -= sum(p * math.log(p) for p in probability_TE[t] if p > 0)
+            z += logsumexp_T[t] ** 2
+            for expert_, used in zip(candidate_TK[t], used_TK[t], strict=True):
+                load_E[expert_] += used
+                declined += int(not used)
+        units.append(Unit(len(real), size - len(real), declined, load_E, importance_E, z, entropy))
+    return units
 
 
 def gradients(problem: Problem, answer: Answer) -> tuple[float, Weights, np.ndarray]:
@@ -247,14 +234,9 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
     config, kind = problem.config, problem.activation
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     real_T = jnp.asarray(problem.mask_BL.reshape(-1), x_TD.dtype)
-    logits_TE = x_TD @ weights["weight_DE"]
-    powers_TE = jnp.exp(logits_TE)
-    probability_TE = powers_TE / powers_TE.sum(-1, keepdims=True)
-    gate_TK = jnp.take_along_axis(probability_TE, jnp.asarray(answer.candidate_TK), axis=1)
-    if problem.router.gate == "softmax_after" or problem.router.renormalise == "before_drop":
-        gate_TK = gate_TK / gate_TK.sum(-1, keepdims=True)
-    gate_TK = jnp.where(jnp.asarray(answer.kept_TK), gate_TK, 0.0)
-    if problem.router.renormalise == "after_drop":
+    smooth = problem.router.smooth(problem, weights, x_TD, answer.candidate_TK)
+    gate_TK = jnp.where(jnp.asarray(answer.kept_TK), smooth.gate_TK, 0.0)
+    if problem.after_drop:
         total_T1 = gate_TK.sum(-1, keepdims=True)
         gate_TK = gate_TK / jnp.where(total_T1 > 0, total_T1, 1.0)
     y_TD = jnp.zeros_like(x_TD) + shared_experts(weights, kind, x_TD, jnp)
@@ -262,6 +244,6 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
         weight_T = jnp.sum(jnp.where(jnp.asarray(answer.candidate_TK == index), gate_TK, 0.0), axis=-1)
         y_TD = y_TD + weight_T[:, None] * expert(weights, kind, index, x_TD, jnp)
     real = jnp.maximum(real_T.sum(), 1)
-    balance = config.num_experts * jnp.sum(shares_TE * probability_TE * real_T[:, None]) / real
-    z = jnp.sum(jnp.log(powers_TE.sum(-1)) ** 2 * real_T) / real
-    return jnp.sum(y_TD**2) + LOAD_WEIGHT * balance + Z_WEIGHT * z
+    balance = config.num_experts * jnp.sum(shares_TE * smooth.probability_TE * real_T[:, None]) / real
+    z = jnp.sum(smooth.logsumexp_T**2 * real_T) / real
+    return jnp.sum(y_TD**2) + LOAD_WEIGHT * balance + Z_WEIGHT * z + smooth.penalty / real
