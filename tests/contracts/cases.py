@@ -18,11 +18,15 @@ from sparse_lm.moe.routers.top_k import TopK
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A sparse layer. training: with the capacity and the policies of training, noise aside."""
+    """A sparse layer. training: with the capacity and the policies of training, noise aside.
+
+    state: (name, value) of what the router holds beside its weights, where that is not what a fresh one has.
+    """
 
     moe: MoEConfig
     activation: str = "swiglu"
     training: bool = True
+    state: tuple[tuple[str, Any], ...] = ()
 
 
 ROUTER_SCALE = 4.0  # logits of a few units, so that experts are unevenly loaded and a capacity of 1 drops
@@ -76,6 +80,9 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 MESH_CASES = ("switch_shared", "top2_after_drop")  # top-1 and top-2, with and without shared experts
+
+# The first case of each kind of router but top-k, to be run on one mesh with every dispatcher.
+KIND_CASES = {kind: name for name, case in reversed(ROUTER_CASES.items()) if (kind := case.moe.router.kind) != "top_k"}
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from flax import nnx
 
 from sparse_lm.moe.balance import load_balance, z_loss
 from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.routers.base import RouterState
 from sparse_lm.moe.stats import unaccounted
 from sparse_lm.moe.types import LayerStats
 from sparse_lm.sharding import DEFAULT
@@ -60,9 +61,14 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(case: cases.Case) -> MoE:
-    """The layer with the same weights whatever the dispatcher."""
+    """The layer with the same weights whatever the dispatcher, and with the state that the case asks for."""
     assert case.moe.d_expert is not None
-    return MoE(jax.random.key(1), WIDTH, case.moe.d_expert, case.activation, case.moe, DEFAULT)
+    layer = MoE(jax.random.key(1), WIDTH, case.moe.d_expert, case.activation, case.moe, DEFAULT)
+    for name, value in case.state:
+        variable = getattr(layer.router, name)
+        assert isinstance(variable, RouterState)
+        variable[...] = jnp.asarray(value, jnp.float32)
+    return layer
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
@@ -92,7 +98,8 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
             total = jnp.sum(jnp.square(y_BLD.astype(jnp.float32)))
             total = total + oracle.LOAD_WEIGHT * balance + oracle.Z_WEIGHT * z
             total = total + jnp.sum(stats.router.penalty_U) / jnp.maximum(tokens, 1)
-            return total, (y_BLD, balance, z, stats, unaccounted(stats, case.moe.top_k))
+            width = stats.dispatch.served.shape[-1] - 1  # of the decision, which need not be top_k
+            return total, (y_BLD, balance, z, stats, unaccounted(stats, width))
 
         function = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
         (total, aux), (d_weights, d_x) = function(parameters, x_BLD, mask_BL, jax.random.key(2))
@@ -113,8 +120,11 @@ def problem_of(name: str) -> oracle.Problem:
     """A router case as the oracle sees it."""
     case = cases.ROUTER_CASES[name]
     x_BLD, mask_BL = inputs()
-    weights = {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), nnx.Param)).items()}
-    return oracle.Problem(case.moe, case.activation, case.training, weights, x_BLD.astype(np.float64), mask_BL)
+    weights, state = (
+        {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), kind)).items()}
+        for kind in (nnx.Param, RouterState)
+    )
+    return oracle.Problem(case.moe, case.activation, case.training, weights, x_BLD.astype(np.float64), mask_BL, state)
 
 
 def compare(got: Outcome, name: str) -> dict[str, float]:

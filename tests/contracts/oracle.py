@@ -30,7 +30,7 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A layer and its input. weights: by the last part of their names. training: which capacity counts."""
+    """A layer and its input. weights, state: by the last part of their names. training: which capacity counts."""
 
     config: MoEConfig
     activation: str
@@ -38,6 +38,7 @@ class Problem:
     weights: Weights
     x_BLD: np.ndarray
     mask_BL: np.ndarray
+    state: Weights = dataclasses.field(default_factory=dict)
 
     @property
     def router(self) -> RouterOracle:
