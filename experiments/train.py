@@ -27,11 +27,15 @@ def main() -> None:
     tokens = session.experiment.train.sample_tokens
     if session.outcome.stopped:
         return
-    if tokens and session.experiment.data.source in ("stdlib", "text"):
+    text = session.experiment.data.source in ("stdlib", "text")
+    if tokens and text:
         print_sample(session, tokens)
-    print("next:")
-    print(f"  python experiments/generate.py --workdir={workdir} --prompt='import '")
-    print(f"  python experiments/train.py --config=configs/quickstart.py:dense --workdir={workdir}_dense")
+    file = str(flags.FLAGS["config"].config_filename)
+    print(f"next:\n  open {session.report} in a browser")
+    if text:
+        print(f"  python experiments/generate.py --workdir={workdir} --prompt='import '")
+    if session.experiment.model.moe and ":dense" in (Path(file).read_text() if Path(file).exists() else ""):
+        print(f"  python experiments/train.py --config={file}:dense --workdir={workdir}_dense   # its dense twin")
 
 
 def print_sample(session, tokens: int) -> None:

@@ -78,14 +78,15 @@ class Rules:
         """The same values, laid out as an activation with these axes (moves data if they were laid out otherwise)."""
         return _reshard(x, self.act(letters))
 
-    def einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
+    def einsum(self, subscripts: str, *operands: jax.Array, dtype=None) -> jax.Array:
         """`jnp.einsum` whose subscripts are logical axes; the result is laid out as an activation with its axes.
 
         A contraction over a cut axis (heads or hidden width under tensor parallelism) is summed over the mesh here.
-        Inside a `shard_map` it is the plain einsum over the local shards.
+        Inside a `shard_map` it is the plain einsum over the local shards. dtype: of the sums and the result; None is
+        that of the operands.
         """
         out = self.act(subscripts.split("->")[1]) if explicit_mesh() else None
-        return jnp.einsum(subscripts, *operands, out_sharding=out)
+        return jnp.einsum(subscripts, *operands, out_sharding=out, preferred_element_type=dtype)
 
     def reshape(self, x: jax.Array, shape: tuple[int, ...], letters: str) -> jax.Array:
         """`jnp.reshape` to an activation with these axes."""
@@ -125,6 +126,16 @@ class Rules:
         parameters = self.shard_parameters(parameters)
         specs = (self.parameter_specs(parameters), first, PartitionSpec())
         return jax.shard_map(body, in_specs=specs, out_specs=first)(parameters, activations, replicated)
+
+    def per_group(self, body: Callable, *arrays: jax.Array):
+        """`body(*arrays)` on every device's own groups: for sorts and loops along S, which are not typed on cut arrays.
+
+        arrays, and the results, are cut along their first axis, as G is. Without a mesh it is a plain call.
+        """
+        if not explicit_mesh():
+            return body(*arrays)
+        first = self.act("G")
+        return jax.shard_map(body, in_specs=first, out_specs=first)(*arrays)
 
     def gather_shards(self, tree, axes: tuple[str, ...], dtype=None):
         """For use inside a `shard_map`: parameters all-gathered over the mesh axes `axes`, the other cuts kept.

@@ -28,6 +28,6 @@ class Embedding(nnx.Module):
         return x_BLD * jnp.asarray(table_VD.shape[-1] ** 0.5, dtype)
 
     def decode(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits in float32, cut along V under tensor parallelism."""
+        """Logits, summed and kept in float32, cut along V under tensor parallelism."""
         table_VD = self.rules.gather(self.table_VD[...], "VD", x_BLD.dtype)
-        return self.rules.einsum("BLD,VD->BLV", x_BLD, table_VD).astype(jnp.float32)
+        return self.rules.einsum("BLD,VD->BLV", x_BLD, table_VD, dtype=jnp.float32)

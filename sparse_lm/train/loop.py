@@ -201,7 +201,7 @@ class Recorder:
                 loss=float(metrics.parts.loss),
                 tokens_per_second=rate,
                 eta_seconds=self.clock.eta(step),
-                dropped_fraction=row.get("dropped_fraction"),
+                dropped_fraction=None if metrics.parts.stats is None else row.get("dropped_fraction"),
                 max_violation=row.get("max_violation"),
             )
         )
