@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from sparse_lm.moe.types import TokenChoice
 
-Priority = Literal["first_choice", "token", "probability"]
+Priority = Literal["first_choice", "token", "probability", "batch", "random"]
 PRIORITIES = get_args(Priority)
 
 
@@ -59,13 +59,18 @@ def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     first_choice: all first choices by token, then all second choices (GShard algorithm 1, Switch).
     token: by token, all its choices together (MaxText, MegaBlocks).
     probability: by gate, highest first, ties by first_choice order (Megatron's `probs`). Not causal.
+    batch: all first choices by the largest gate of their token, highest first, then all second choices; ties by token
+        (batch-prioritised routing: Riquelme et al. 2021, section 4.1). Not causal.
+    random: by `decision.order_GS`, lowest first, all choices of a token together (DeepSpeed's random token selection,
+        which has k = 1); by token where there is no order, as in evaluation. Not causal.
 
     A sort by (expert, order) puts the assignments of an expert side by side, so that both directions of the map are
     gathers; nothing of size S x E x C is made.
     """
     groups, size, top_k = decision.expert_GSK.shape
     gate_GSK = decision.gate_GSK
-    if rule.priority == "token":
+    by_token = rule.priority in ("token", "random")
+    if by_token:
         expert_GA, token_A = decision.expert_GSK.reshape(groups, size * top_k), jnp.arange(size * top_k) // top_k
     else:
         expert_GA, token_A = _choices_first(decision.expert_GSK), jnp.arange(size * top_k) % size
@@ -74,6 +79,12 @@ def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     if rule.priority == "probability":
         gate_GA = _choices_first(jax.lax.stop_gradient(gate_GSK))
         order_GA = jnp.lexsort((-gate_GA, expert_GA), axis=-1)
+    elif rule.priority == "batch":
+        largest_GS = jnp.max(jax.lax.stop_gradient(gate_GSK), axis=-1)
+        expert_and_choice_GA = expert_GA * top_k + jnp.arange(size * top_k) // size
+        order_GA = jnp.lexsort((-jnp.tile(largest_GS, (1, top_k)), expert_and_choice_GA), axis=-1)
+    elif rule.priority == "random" and decision.order_GS is not None:
+        order_GA = jnp.lexsort((jnp.repeat(decision.order_GS, top_k, axis=1), expert_GA), axis=-1)
     else:
         order_GA = jnp.argsort(expert_GA, axis=-1, stable=True)
     count_GE = jnp.sum(expert_GA[..., None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32)
@@ -90,7 +101,7 @@ def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     chosen_GEC = jnp.take_along_axis(order_GA, sorted_GEC.reshape(groups, -1), axis=-1).reshape(sorted_GEC.shape)
     token_GEC = jnp.where(taken_GEC, token_A[chosen_GEC], -1).astype(jnp.int32)
 
-    if rule.priority == "token":
+    if by_token:
         slot_GSK = slot_GA.reshape(groups, size, top_k)
     else:
         slot_GSK = jnp.swapaxes(slot_GA.reshape(groups, top_k, size), 1, 2)

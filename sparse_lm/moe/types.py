@@ -38,10 +38,12 @@ class TokenChoice:
 
     expert_GSK: the experts, first choice first; -1 is none (padding, or a choice the router declined).
     gate_GSK: the weight in the token's output, float32, before any drop; 0 where there is no expert.
+    order_GS: who gets a slot first, lowest first, where the priority is `random`; None is by token. Routers leave it.
     """
 
     expert_GSK: Int[Array, "G S K"]
     gate_GSK: Float[Array, "G S K"]
+    order_GS: Float[Array, "G S"] | None = None
 
 
 @pytree_dataclass
