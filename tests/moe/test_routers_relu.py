@@ -88,7 +88,7 @@ def test_the_refinement_is_1_at_balance_and_at_the_target():
     inputs = RouterInputs(jnp.eye(4)[None] * 3 - 1, jnp.ones((1, 4), bool), jnp.zeros((1, 4), jnp.int32), 4)
     for refine in (True, False):
         _, scores = build(Relu(coefficient=0.5, refine_balance=refine))(inputs, None)
-        np.testing.assert_allclose(scores.penalty_GS, 1.0, rtol=1e-6)  # 0.5 * a gate of 2
+        np.testing.assert_allclose(np.asarray(scores.penalty_GS), 1.0, rtol=1e-6)  # 0.5 * a gate of 2
 
 
 def test_gradients_of_gates_and_penalty():

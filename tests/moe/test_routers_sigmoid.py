@@ -96,8 +96,8 @@ def test_deepseek_v2_multiplies_its_softmax_and_takes_three_devices():
 
 
 def test_statistics_are_scores_over_their_sum_and_see_no_bias():
-    for options, bias in (({}, None), ({}, BIAS), ({"renormalise": "none"}, BIAS)):
-        _, _, scores = route(Sigmoid(**options), 2, bias)
+    for config, bias in ((Sigmoid(), None), (Sigmoid(), BIAS), (Sigmoid(renormalise="none"), BIAS)):
+        _, _, scores = route(config, 2, bias)
         np.testing.assert_allclose(scores.probability_GSE[0, 0], np.array(SCORE) / sum(SCORE), rtol=1e-5)
         total = sum(score / (1 - score) for score in SCORE)
         np.testing.assert_allclose(scores.logsumexp_GS[0, 0], math.log(total), rtol=1e-5)
