@@ -37,6 +37,13 @@ class Experiment(Config):
             raise ConfigError("model.max_length", max_length, f"must be at least data.length={length}")
         if moe is None:
             return
+        if not moe.causal and not moe.router.causal and not moe.allow_non_causal:
+            raise ConfigError(
+                "model.moe.router.kind",
+                moe.router.kind,
+                "lets later tokens decide what earlier ones get, which is not causal; choose another router, group by "
+                "position across rows (model.moe.grouping=position), or accept it with model.moe.allow_non_causal=True",
+            )
         if not moe.causal and not moe.allow_non_causal:
             raise ConfigError(
                 "model.moe.priority",
@@ -45,7 +52,7 @@ class Experiment(Config):
                 "drop nothing (both capacity factors None), or accept it with model.moe.allow_non_causal=True",
             )
         size = moe.group_size or length
-        if length % size and size % length:
+        if moe.grouping == "sequence" and length % size and size % length:
             raise ConfigError(
                 "model.moe.group_size", size, f"must divide data.length={length} or be a multiple of it; None is a row"
             )
@@ -91,12 +98,13 @@ class Experiment(Config):
             )
         moe = self.model.moe
         size = (moe.group_size if moe else None) or self.data.length
-        tokens = microbatch * self.data.length
+        by_position = moe is not None and moe.grouping == "position"
+        tokens, what = (microbatch, "rows") if by_position else (microbatch * self.data.length, "tokens")
         if tokens % size or tokens // size % shards:
             raise ConfigError(
                 "model.moe.group_size",
                 size,
-                f"cuts a microbatch of {tokens} tokens into {tokens / size:g} groups, not whole for {shards} devices",
+                f"cuts a microbatch of {tokens} {what} into {tokens / size:g} groups, not whole for {shards} devices",
             )
 
 

@@ -96,3 +96,21 @@ def test_helpers_without_a_mesh():
     assert sharding.sum_over(x, "data") is x
     assert sharding.varying(x) is x
     assert DEFAULT.gather_shards({"up_DF": x}, ("fsdp",))["up_DF"] is x
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "model": 2}])
+def test_per_group_sorts_groups_where_they_lie(mesh_of, sizes):
+    x_GS, other_GS = normal(0, 8, 5), normal(1, 8, 5)
+
+    def body(x_GS, other_GS):
+        order_GS = jnp.argsort(x_GS, axis=1)
+        return jnp.take_along_axis(other_GS, order_GS, axis=1), jnp.cumsum(x_GS, axis=1)
+
+    expected = DEFAULT.per_group(body, x_GS, other_GS)
+    np.testing.assert_array_equal(expected[0][3], np.asarray(other_GS)[3][np.argsort(np.asarray(x_GS)[3])])
+    with jax.set_mesh(mesh_of(**sizes)):
+        arrays = [DEFAULT.constrain(x, "GS") for x in (x_GS, other_GS)]
+        got = jax.jit(lambda *arrays: DEFAULT.per_group(body, *arrays))(*arrays)
+        assert jax.typeof(got[0]).sharding.spec[0] == jax.typeof(arrays[0]).sharding.spec[0]
+    for one, two in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-6)

@@ -38,11 +38,12 @@ def for_generation(model: Decoder) -> Decoder:
     moe = model.config.moe
     if moe is None:
         return model
-    if not moe.causal:
+    # Grouped by position, a router that is not causal decides by other rows, which generation does not have either.
+    if not moe.causal or not moe.router.causal:
         raise ConfigError(
             "model.moe",
             f"{type(moe.router).__name__}, priority={moe.priority}",
-            "routes or drops by later tokens, which generation does not have; train with a causal router, and with "
+            "routes or drops by other tokens, which generation does not have; train with a causal router, and with "
             "model.moe.priority=token or without drops (both capacity factors None)",
         )
     copy = jax.tree.map(lambda leaf: leaf, model)  # new modules around the same arrays
@@ -128,7 +129,7 @@ def _advance(model, tokens_BL, padding_B, start, cache, key, sampling):
 
 
 def _dropless(moe: MoEConfig) -> MoEConfig:
-    return dataclasses.replace(moe, capacity_factor_eval=None, group_size=None)
+    return dataclasses.replace(moe, capacity_factor_eval=None, group_size=None, grouping="sequence")
 
 
 def _checked(config: ModelConfig, prompts: Sequence[np.ndarray], max_new_tokens: int, eos: int | None):

@@ -213,7 +213,11 @@ def _router(config: ModelConfig) -> Part:
         return Part(0, 0, 0)
     moe = config.moe
     shape = RouterShape(config.d_model, moe.num_experts, moe.top_k)
-    leaves = jax.tree.leaves(jax.eval_shape(lambda key: moe.router.build(key, shape, DEFAULT), jax.random.key(0)))
+    # Parameters alone: a router's state is not learned.
+    parameters = jax.eval_shape(
+        lambda key: nnx.state(moe.router.build(key, shape, DEFAULT), nnx.Param), jax.random.key(0)
+    )
+    leaves = jax.tree.leaves(parameters)
     num_sparse = sum(config.sparse)
     total = num_sparse * sum(leaf.size for leaf in leaves)
     return Part(total, total, num_sparse * sum(leaf.size for leaf in leaves if leaf.ndim >= 2))

@@ -36,10 +36,15 @@ class MoEConfig(Config):
     every, first_dense: after `first_dense` dense layers, each `every`-th layer is sparse.
     group_size: tokens that compete for the same slots; None is one sequence. It divides the length, or is a multiple
         of it; results never depend on the mesh.
+    grouping: `sequence` (a group is neighbouring tokens of a row, or whole neighbouring rows), or `position` (the
+        tokens at one position of group_size neighbouring rows: no token of a group is later than another, so that
+        every router and every priority is causal; what a token gets depends on other rows instead. Krajewski et al.
+        2024, whose groups have 256 rows).
     capacity_factor: slots per expert and group are ceil(factor * top_k * group_size / num_experts); None drops
         nothing. capacity_factor_eval: the same in evaluation.
     priority: who gets a slot first, see `moe.slots.place`. `token` is the only one that is causal for every top_k:
-        under `first_choice` a later token's first choice takes the slot of an earlier token's second choice.
+        under `first_choice` a later token's first choice takes the slot of an earlier token's second choice, and
+        under `probability`, `batch` and `random` any later token may push out an earlier one.
     dispatcher: see `moe.dispatch`.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
@@ -53,6 +58,7 @@ class MoEConfig(Config):
     first_dense: int = option(0, ge=0)
     router: RouterConfig = option(TopK(), variants=ROUTERS)
     group_size: int | None = option(None, ge=1)
+    grouping: Literal["sequence", "position"] = "sequence"
     capacity_factor: float | None = option(1.25, gt=0)
     capacity_factor_eval: float | None = option(2.0, gt=0)
     priority: Priority = "token"
@@ -66,6 +72,21 @@ class MoEConfig(Config):
         """Raises `ConfigError` when fields contradict each other."""
         if self.top_k > self.num_experts:
             raise ConfigError("top_k", self.top_k, f"must be at most num_experts={self.num_experts}")
+        if self.grouping == "position" and self.group_size is None:
+            raise ConfigError(
+                "group_size",
+                None,
+                "grouping=position needs the number of rows of a group; set it, or grouping=sequence",
+            )
+        if self.grouping == "position" and self.balance.scope == "sequence":
+            raise ConfigError(
+                "balance.scope", "sequence", "with grouping=position no group lies in one sequence; use group or global"
+            )
+        for name in ("capacity_factor", "capacity_factor_eval"):
+            if self.router.needs_slots and getattr(self, name) is None:
+                raise ConfigError(
+                    name, None, f"every expert of router.kind={self.router.kind} would take all tokens; set a number"
+                )
         try:
             self.router.check_shape(RouterShape(1, self.num_experts, self.top_k))
         except ConfigError as error:
@@ -74,6 +95,8 @@ class MoEConfig(Config):
     @property
     def causal(self) -> bool:
         """Whether no token's result depends on later tokens of its sequence, in training and in evaluation."""
+        if self.grouping == "position":
+            return True
         drops = self.capacity_factor is not None or self.capacity_factor_eval is not None
         in_order = self.priority == "token" or (self.priority == "first_choice" and self.top_k == 1)
         return self.router.causal and (in_order or not drops)

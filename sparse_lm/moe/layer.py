@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,18 +47,20 @@ class MoE(nnx.Module):
         capacity of evaluation. Raises `ValueError` when the tokens cannot be cut into groups.
         """
         config, rules = self.config, self.rules
-        batch, length, width = x_BLD.shape
+        batch, length = mask_BL.shape
         size = group_size(config, batch, length)
-        x_GSD = rules.reshape(x_BLD, (batch * length // size, size, width), "GSD")
-        mask_GS = rules.reshape(mask_BL, x_GSD.shape[:2], "GS")
-        router_key, expert_key, shared_key = split_keys(key, 3)
+        x_GSD, mask_GS = self._grouped(x_BLD, size), self._grouped(mask_BL, size)
+        router_key, expert_key, shared_key, order_key = split_keys(key, 4)
 
-        ids_GS = rules.reshape(jnp.zeros_like(mask_BL, jnp.int32) if ids_BL is None else ids_BL, mask_GS.shape, "GS")
+        ids_GS = self._grouped(jnp.zeros_like(mask_BL, jnp.int32) if ids_BL is None else ids_BL, size)
         dispatcher = self.dispatcher(size, training=key is not None)
         inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity)
         decision, scores = self.router(inputs, router_key)
+        if config.priority == "random" and order_key is not None:
+            order_GS = rules.constrain(jax.random.uniform(order_key, mask_GS.shape), "GS")
+            decision = dataclasses.replace(decision, order_GS=order_GS)
         y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, decision, expert_key)
-        y_BLD = rules.reshape(y_GSD, x_BLD.shape, "BLD")
+        y_BLD = self._ungrouped(y_GSD, x_BLD.shape)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD, shared_key)
         unit = length if config.balance.scope == "sequence" else size
@@ -65,6 +69,22 @@ class MoE(nnx.Module):
             dispatch_stats(decision, kept_GSK, mask_GS),
         )
         return y_BLD, stats
+
+    def _grouped(self, x: jax.Array, size: int) -> jax.Array:
+        """[B, L, ...] -> [G, S, ...]."""
+        batch, length, *rest = x.shape
+        if self.config.grouping == "position":
+            x = self.rules.reshape(x, (batch // size, size, length, *rest), "G.." + "." * len(rest))
+            x = jnp.swapaxes(x, 1, 2)
+        return self.rules.reshape(x, (batch * length // size, size, *rest), "GSD"[: 2 + len(rest)])
+
+    def _ungrouped(self, y_GSD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """[G, S, D] -> [B, L, D]: the way back."""
+        if self.config.grouping == "position":
+            (batch, length, width), size = shape, y_GSD.shape[1]
+            y_GLSD = self.rules.reshape(y_GSD, (batch // size, length, size, width), "G...")
+            y_GSD = jnp.swapaxes(y_GLSD, 1, 2)
+        return self.rules.reshape(y_GSD, shape, "BLD")
 
     def dispatcher(self, size: int, training: bool):
         """The dispatcher for groups of `size` tokens."""
@@ -78,9 +98,25 @@ class MoE(nnx.Module):
         return DISPATCHERS[config.dispatcher](slots, self.rules)
 
 
+def rows_together(config: MoEConfig, length: int) -> int:
+    """Neighbouring rows of a batch that share a group, and so have to stay together."""
+    size = config.group_size or 1
+    return size if config.grouping == "position" else max(1, size // length)
+
+
 def group_size(config: MoEConfig, batch: int, length: int) -> int:
-    """Tokens per group for a batch of this shape; a configured size above one sequence spans neighbouring ones."""
+    """Tokens per group for a batch of this shape; a configured size above one sequence spans neighbouring ones.
+
+    Raises `ValueError` when the batch cannot be cut so.
+    """
     size = config.group_size or length
+    if config.grouping == "position":
+        if batch % size:
+            raise ValueError(
+                f"model.moe.group_size={size} does not divide the {batch} rows of the batch, "
+                f"as grouping=position asks; choose a batch of a multiple of {size} rows"
+            )
+        return size
     if (length % size and size % length) or batch * length % size:
         raise ValueError(
             f"model.moe.group_size={size} neither divides the length {length} nor is a multiple of it that divides "

@@ -11,6 +11,7 @@ from flax import nnx
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.decoder import Decoder
+from sparse_lm.moe.layer import rows_together
 from sparse_lm.objectives.causal import LossParts, Totals, causal_loss, count
 from sparse_lm.sharding import Rules
 
@@ -58,7 +59,7 @@ def loss_and_gradients(
         (total, parts), gradients = value_and_grad(parameters, batch, key, totals)
         return total, parts, gradients
     length = batch.tokens_BL.shape[1] - 1
-    together = max(1, (moe.group_size or 1) // length) if moe else 1
+    together = rows_together(moe, length) if moe else 1
     inputs = (microbatches(batch, number, model.rules, together), jax.random.split(key, number))
     if balance is not None and balance.scope == "global" and balance.load > 0:
         totals = Totals(totals.targets, totals.tokens, _loads(loss, parameters, inputs, totals))

@@ -13,6 +13,15 @@ from sparse_lm.config import from_dict
 from sparse_lm.moe.config import BalanceConfig, MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS as DISPATCHER_CLASSES
 from sparse_lm.moe.routers import RouterConfig
+from sparse_lm.moe.routers.base_layer import Base
+from sparse_lm.moe.routers.expert_choice import ExpertChoice
+from sparse_lm.moe.routers.fixed_noise import FixedNoise
+from sparse_lm.moe.routers.hash import Hash
+from sparse_lm.moe.routers.noisy_top_k import NoisyTopK
+from sparse_lm.moe.routers.prototype import Prototype
+from sparse_lm.moe.routers.relu import Relu
+from sparse_lm.moe.routers.sigmoid import Sigmoid
+from sparse_lm.moe.routers.sinkhorn import Sinkhorn
 from sparse_lm.moe.routers.top_k import TopK
 
 
@@ -21,14 +30,17 @@ class Case:
     """A sparse layer. training: with the capacity and the policies of training, noise aside.
 
     state: (name, value) of what the router holds beside its weights, where that is not what a fresh one has.
+    drops: whether some assignment finds no slot.
     """
 
     moe: MoEConfig
     activation: str = "swiglu"
     training: bool = True
     state: tuple[tuple[str, Any], ...] = ()
+    drops: bool = True
 
 
+BIAS = (0.3, -0.2, 0.1, 0.0, -0.4, 0.25, 0.05, -0.1)  # changes about half of the choices
 ROUTER_SCALE = 4.0  # logits of a few units, so that experts are unevenly loaded and a capacity of 1 drops
 
 
@@ -46,6 +58,8 @@ def moe(
     balance = from_dict(BalanceConfig, {"scope": scope})
     return MoEConfig(num_experts=8, top_k=top_k, router=router, balance=balance, **options)
 
+
+FREQUENCIES = (5.0, 1.0, 0.0, 7.0, 7.0, 2.0, 9.0, 1.0, 1.0, 3.0, 4.0, 4.0, 8.0)  # of ids 0 to 12; the others are hashed
 
 ROUTER_CASES: dict[str, Case] = {
     "switch": Case(moe(1), "relu"),
@@ -65,7 +79,49 @@ ROUTER_CASES: dict[str, Case] = {
     "threshold": Case(moe(2, {"second_expert": "threshold", "renormalise": "before_drop"})),
     "first_only": Case(moe(2, {"second_expert": "none", "renormalise": "before_drop"}, "sequence")),
     "fine_grained": Case(moe(4, num_shared=1, d_expert=4, priority="token")),
-    "dropless": Case(moe(2, scope="group", capacity_factor=None)),
+    "top2_batch": Case(moe(2, {"gate": "softmax_after"}, priority="batch", allow_non_causal=True)),
+    "top2_random": Case(moe(2, priority="random", allow_non_causal=True), training=False),
+    "noisy_top_k": Case(moe(2, NoisyTopK(10.0, 10.0, init_scale=ROUTER_SCALE)), training=False),
+    "noisy_top_k_small_groups": Case(
+        moe(3, NoisyTopK(10.0, 10.0, init_scale=ROUTER_SCALE), "group", group_size=4), "relu", training=False
+    ),
+    "fixed_noise": Case(moe(2, FixedNoise(0.0, 10.0, 10.0, ROUTER_SCALE), priority="batch", allow_non_causal=True)),
+    "fixed_noise_top1": Case(moe(1, FixedNoise(1.0, 10.0, 10.0, ROUTER_SCALE), "sequence"), "gelu", training=False),
+    "prototype": Case(moe(2, Prototype(ROUTER_SCALE))),
+    "prototype_four": Case(moe(4, Prototype(ROUTER_SCALE), "group", d_expert=4), "geglu"),
+    "dropless": Case(moe(2, scope="group", capacity_factor=None), drops=False),
+    "hash": Case(moe(1, Hash())),
+    "hash_multi": Case(moe(3, Hash(gate="mean"), "sequence", priority="token")),
+    "hash_balanced": Case(moe(2, Hash(mode="balanced", frequencies=FREQUENCIES), "group")),
+    "expert_choice": Case(moe(2, ExpertChoice(init_scale=ROUTER_SCALE)), drops=False),
+    "expert_choice_wide": Case(moe(1, ExpertChoice(init_scale=ROUTER_SCALE), "sequence", group_size=16), drops=False),
+    "sinkhorn": Case(moe(1, Sinkhorn(init_scale=ROUTER_SCALE))),
+    "sinkhorn_top2": Case(moe(2, Sinkhorn(init_scale=ROUTER_SCALE, temperature=2.0, iterations=7), "group")),
+    "sinkhorn_evaluation": Case(moe(1, Sinkhorn(init_scale=ROUTER_SCALE)), training=False),
+    "base": Case(moe(1, Base(gain=2.0)), drops=False),
+    "base_wide": Case(moe(1, Base(gain=2.0), "group", group_size=16, capacity_factor=0.5)),
+    "base_evaluation": Case(moe(1, Base(gain=2.0)), training=False),
+    "deepseek_v3": Case(
+        moe(3, Sigmoid(init_scale=ROUTER_SCALE, num_groups=4, groups_kept=2), "sequence", num_shared=1),
+        state=(("bias_E", BIAS),),
+    ),
+    "deepseek_v2": Case(
+        moe(2, Sigmoid("softmax", "none", 16.0, 4, 3, "max", 0.0, init_scale=ROUTER_SCALE), "sequence"), "geglu"
+    ),
+    "kimi_k2": Case(moe(4, Sigmoid(init_scale=ROUTER_SCALE, scale=2.827), priority="token"), state=(("bias_E", BIAS),)),
+    "sigmoid_top1": Case(
+        moe(1, Sigmoid(init_scale=ROUTER_SCALE, renormalise="none"), capacity_factor=2.0), state=(("bias_E", BIAS),)
+    ),
+    "sigmoid_after_drop": Case(
+        moe(2, Sigmoid(init_scale=ROUTER_SCALE, renormalise="after_drop", scale=1.0), "group", group_size=4),
+        state=(("bias_E", BIAS),),
+    ),
+    "remoe": Case(moe(2, Relu(init_scale=ROUTER_SCALE), capacity_factor=1.5), state=(("coefficient", 2.0),)),
+    "remoe_limited": Case(
+        moe(2, Relu(init_scale=ROUTER_SCALE, refine_balance=False, max_active=3), "group", group_size=16),
+        "relu",
+        state=(("coefficient", 2.0),),
+    ),
 }
 
 DISPATCHERS = tuple(DISPATCHER_CLASSES)

@@ -60,6 +60,11 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
     return x_BLD, mask_BL
 
 
+def token_ids() -> np.ndarray:
+    """Token ids, of which some are frequent."""
+    return (np.random.default_rng(4).integers(0, 24, (BATCH, LENGTH)) * 3 // 2).astype(np.int32)
+
+
 def build(case: cases.Case) -> MoE:
     """The layer with the same weights whatever the dispatcher, and with the state that the case asks for."""
     assert case.moe.d_expert is not None
@@ -86,11 +91,11 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
     with on_mesh(mesh):
         graph, parameters, rest = nnx.split(DEFAULT.shard_parameters(build(case)), nnx.Param, ...)
         x_BLD = DEFAULT.constrain(jnp.asarray(x, dtype), "BLD")
-        mask_BL = DEFAULT.constrain(jnp.asarray(mask), "BL")
+        mask_BL, ids_BL = (DEFAULT.constrain(jnp.asarray(value), "BL") for value in (mask, token_ids()))
 
         def loss(parameters, x_BLD, mask_BL, key):
             key = key if case.training else None
-            y_BLD, stats = nnx.merge(graph, parameters, rest)(x_BLD, mask_BL, key)
+            y_BLD, stats = nnx.merge(graph, parameters, rest)(x_BLD, mask_BL, key, ids_BL)
             router = jax.tree.map(lambda leaf: leaf[None], stats.router)
             tokens = jnp.sum(stats.router.tokens_U)
             whole = jnp.sum(router.load_UE, axis=1) if case.moe.balance.scope == "global" else None
@@ -124,7 +129,9 @@ def problem_of(name: str) -> oracle.Problem:
         {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), kind)).items()}
         for kind in (nnx.Param, RouterState)
     )
-    return oracle.Problem(case.moe, case.activation, case.training, weights, x_BLD.astype(np.float64), mask_BL, state)
+    return oracle.Problem(
+        case.moe, case.activation, case.training, weights, x_BLD.astype(np.float64), mask_BL, token_ids(), state
+    )
 
 
 def compare(got: Outcome, name: str) -> dict[str, float]:

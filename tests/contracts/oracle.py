@@ -16,12 +16,29 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle_balanced
+import oracle_hash
+import oracle_noise
+import oracle_prototype
+import oracle_relu
+import oracle_sigmoid
 import oracle_top_k
 from oracle_choice import Choice, Group, RouterOracle
 
 from sparse_lm.moe.config import MoEConfig
 
-ROUTERS: dict[str, RouterOracle] = {"top_k": oracle_top_k.ORACLE}
+ROUTERS: dict[str, RouterOracle] = {
+    "top_k": oracle_top_k.ORACLE,
+    "noisy_top_k": oracle_noise.ORACLE,
+    "fixed_noise": oracle_noise.ORACLE,
+    "prototype": oracle_prototype.ORACLE,
+    "sigmoid": oracle_sigmoid.ORACLE,
+    "relu": oracle_relu.ORACLE,
+    "hash": oracle_hash.ORACLE,
+    "expert_choice": oracle_balanced.EXPERT_CHOICE,
+    "sinkhorn": oracle_balanced.SINKHORN,
+    "base": oracle_balanced.BASE,
+}
 
 LOAD_WEIGHT, Z_WEIGHT = 10.0, 3.0  # large, so that a wrong router loss shows beside the sum of squares
 
@@ -38,6 +55,7 @@ class Problem:
     weights: Weights
     x_BLD: np.ndarray
     mask_BL: np.ndarray
+    ids_BL: np.ndarray
     state: Weights = dataclasses.field(default_factory=dict)
 
     @property
@@ -99,12 +117,14 @@ def slots_per_expert(factor: float | None, top_k: int, size: int, num_experts: i
 def hand_out_slots(expert_SK, gate_SK, num_slots: int, priority: str):
     """Which assignments of a group are kept; expert -1 asks for nothing."""
     size, top_k = np.shape(expert_SK)
-    if priority == "token":
+    if priority in ("token", "random"):  # without a random order it is the one by token
         queue = [(token, choice) for token in range(size) for choice in range(top_k)]
     else:
         queue = [(token, choice) for choice in range(top_k) for token in range(size)]
     if priority == "probability":
         queue.sort(key=lambda assignment: -gate_SK[assignment[0]][assignment[1]])
+    if priority == "batch":
+        queue.sort(key=lambda assignment: (assignment[1], -max(gate_SK[assignment[0]])))
     taken: dict[int, int] = {}
     kept = np.zeros((size, top_k), bool)
     for token, choice in queue:
@@ -147,9 +167,12 @@ def layer(problem: Problem) -> Answer:
     """The layer's output, decisions, counts and loss."""
     config, weights = problem.config, problem.weights
     batch, length, width = problem.x_BLD.shape
-    x_TD, mask_T = problem.x_BLD.reshape(-1, width), problem.mask_BL.reshape(-1)
+    x_TD, mask_T, ids_T = problem.x_BLD.reshape(-1, width), problem.mask_BL.reshape(-1), problem.ids_BL.reshape(-1)
     tokens, num_experts, size = batch * length, config.num_experts, problem.group_size
-    groups = [Group(x_TD[i : i + size], mask_T[i : i + size], problem.slots) for i in range(0, tokens, size)]
+    groups = [
+        Group(x_TD[i : i + size], mask_T[i : i + size], ids_T[i : i + size], problem.slots)
+        for i in range(0, tokens, size)
+    ]
     choices = [problem.router.decide(problem, group) for group in groups]
     candidate_TK = np.concatenate([choice.candidate_SK for choice in choices])
     gate_TK = np.concatenate([choice.gate_SK for choice in choices])

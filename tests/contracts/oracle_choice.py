@@ -13,10 +13,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What a router sees of one group. slots: per expert."""
+    """What a router sees of one group. ids_S: token ids. slots: per expert."""
 
     x_SD: np.ndarray
     mask_S: np.ndarray
+    ids_S: np.ndarray
     slots: int
 
 

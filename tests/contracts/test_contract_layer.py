@@ -15,6 +15,7 @@ import pytest
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.routers import ROUTERS
 from sparse_lm.moe.routers.top_k import TopK
+from sparse_lm.moe.slots import PRIORITIES
 
 TOLERANCE = 1e-5  # of the largest value of each quantity
 
@@ -23,7 +24,7 @@ def test_every_router_and_dispatcher_of_the_package_has_a_case():
     missing = set(ROUTERS) - {case.moe.router.kind for case in cases.ROUTER_CASES.values()}
     assert not missing, f"add to ROUTER_CASES in tests/contracts/cases.py: {sorted(missing)}"
     assert set(DISPATCHERS) == set(cases.DISPATCHERS)
-    assert {case.moe.priority for case in cases.ROUTER_CASES.values()} == {"first_choice", "token", "probability"}
+    assert {case.moe.priority for case in cases.ROUTER_CASES.values()} == set(PRIORITIES)
     assert {case.moe.balance.scope for case in cases.ROUTER_CASES.values()} == {"sequence", "group", "global"}
     assert {case.activation for case in cases.ROUTER_CASES.values()} == {"relu", "gelu", "geglu", "swiglu"}
 

@@ -17,7 +17,10 @@ def test_the_literal_and_the_differentiable_program_agree(name):
     np.testing.assert_allclose(loss, answer.loss, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["switch", "top2_after_drop", "mixtral", "threshold", "fine_grained"])
+@pytest.mark.parametrize(
+    "name",
+    ["switch", "top2_after_drop", "mixtral", "threshold", "fine_grained", "deepseek_v3", "deepseek_v2", "remoe"],
+)
 def test_gradients_by_finite_differences_of_the_literal_program(name):
     problem = harness.problem_of(name)
     _, _, d_weights, d_x = harness.expected(name)
@@ -36,7 +39,7 @@ def _moved(problem, key, change):
     return dataclasses.replace(problem, weights=weights)
 
 
-@pytest.mark.parametrize("name", sorted(set(cases.ROUTER_CASES) - {"dropless"}))
+@pytest.mark.parametrize("name", [name for name, case in cases.ROUTER_CASES.items() if case.drops])
 def test_every_case_drops_some_and_keeps_most(name):
     answer = harness.expected(name)[0]
     used, kept = answer.used_TK.sum(), answer.kept_TK.sum()
@@ -64,6 +67,8 @@ def test_padding_asks_for_nothing():
         ("first_choice", [[1, 0], [1, 1], [1, 1], [1, 0]]),  # 0, 1 take expert 0; 2, 3 expert 1; then 1, 2 expert 2
         ("token", [[1, 1], [1, 1], [1, 1], [0, 0]]),  # token 3 finds experts 1 and 2 full
         ("probability", [[1, 0], [1, 1], [1, 0], [1, 1]]),  # expert 1: 0.8 and 0.7; expert 2: 0.6 and 0.55
+        ("batch", [[1, 0], [1, 0], [1, 1], [1, 1]]),  # expert 2: 2 (0.8) and 3 (0.7) are surer than 1 (0.6)
+        ("random", [[1, 1], [1, 1], [1, 1], [0, 0]]),  # in evaluation as by token
     ],
 )
 def test_slots_by_hand(priority, expected):

@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from sparse_lm.config import ConfigError
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.counts import Part, count, dense_twin, optimizer_bytes, table
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.routers.hash import Hash
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.sharding import DEFAULT
@@ -30,6 +32,7 @@ CONFIGS = {
     "moe_ungated": BASE.replace(moe=MOE, activation="gelu"),
     "moe_every": BASE.replace(num_layers=7, moe=dataclasses.replace(MOE, every=3, first_dense=1)),
     "moe_shared": BASE.replace(num_kv_heads=1, moe=dataclasses.replace(MOE, num_shared=2, every=2)),
+    "moe_hash": BASE.replace(moe=dataclasses.replace(MOE, router=Hash())),
     "moe_default_width": BASE.replace(moe=MoEConfig(num_experts=3, top_k=3, first_dense=1)),
 }
 MIXTRAL = ModelConfig(
@@ -47,9 +50,13 @@ MIXTRAL = ModelConfig(
 
 def leaves(config):
     """(path, size) of each parameter of the real model, which is never allocated."""
-    tree = jax.eval_shape(lambda key: Decoder(key, config, DEFAULT), jax.random.key(0))
+    tree = jax.eval_shape(lambda key: nnx.state(Decoder(key, config, DEFAULT), nnx.Param), jax.random.key(0))
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size) for path, leaf in paths]
+
+
+def test_a_state_is_no_parameter():
+    assert count(CONFIGS["moe_hash"]).router == Part(0, 0, 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

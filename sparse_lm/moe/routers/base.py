@@ -58,6 +58,7 @@ class RouterConfig(Config, abc.ABC):
         """Raises `ConfigError` where the router cannot serve such a layer. Overridden where there is a limit."""
 
     causal = True  # whether a token's experts depend on no later token
+    needs_slots = False  # whether experts fill their slots, so that there must be a capacity
 
 
 class LinearScores(nnx.Module):
