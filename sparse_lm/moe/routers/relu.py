@@ -25,11 +25,11 @@ class Relu(RouterConfig):
     The gates are max(logit, 0), and a token uses every expert with a positive gate: top_k is how many that should be on
     average. What drives it there is a penalty on the gates, whose coefficient rises while too many are positive:
     coefficient *= growth ** sign(target - sparsity), where the target is 1 - top_k / E and sparsity is the share of
-    gates of a step's real tokens that are 0 (equations 8 and 9).
+    gates of a step's real tokens that are 0 (adaptive L1 regularisation).
 
     coefficient: where it starts. growth: its factor per step (alpha). It stays within 1e-30 and 1e30.
     refine_balance: weigh the gates of an expert in the penalty with its share of the assignments, times E / top_k, so
-        that the experts that are used most are pushed down most (equation 10); without it all weights are 1.
+        that the experts that are used most are pushed down most (load balancing in the L1 term); without it all weights are 1.
     max_active: a token uses at most this many experts, those with the highest gates. None: no limit, as in the paper.
     init_scale: of the router's weights, see `fan_in_normal`.
 
