@@ -29,7 +29,8 @@ class Relu(RouterConfig):
 
     coefficient: where it starts. growth: its factor per step (alpha). It stays within 1e-30 and 1e30.
     refine_balance: weigh the gates of an expert in the penalty with its share of the assignments, times E / top_k, so
-        that the experts that are used most are pushed down most (load balancing in the L1 term); without it all weights are 1.
+        that the experts that are used most are pushed down most (load balancing in the L1 term); without it all weights
+        are 1.
     max_active: a token uses at most this many experts, those with the highest gates. None: no limit, as in the paper.
     init_scale: of the router's weights, see `fan_in_normal`.
 
