@@ -44,7 +44,10 @@ def test_refusals_name_the_key_the_value_and_the_way_out(values, message):
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize(("priority", "causal_for"), [("token", (1, 2)), ("first_choice", (1,)), ("probability", ())])
+@pytest.mark.parametrize(
+    ("priority", "causal_for"),
+    [("token", (1, 2)), ("first_choice", (1,)), ("probability", ()), ("batch", ()), ("random", ())],
+)
 def test_which_priorities_are_causal(top_k, priority, causal_for):
     config = MoEConfig(top_k=top_k, priority=priority)
     assert config.causal == (top_k in causal_for)
