@@ -42,7 +42,7 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
     @jax.jit
     def parts(model: Decoder, batch: Batch) -> LossParts:
         moe = model.config.moe
-        return causal_loss(model, batch, None, count(batch), moe.balance if moe else None, len(domains))[1]
+        return causal_loss(model, batch, None, count(batch), moe.losses if moe else None, len(domains))[1]
 
     def evaluate(model: Decoder, batches: Sequence[Batch]) -> Evaluation:
         each = [jax.device_get(parts(model, batch)) for batch in batches]

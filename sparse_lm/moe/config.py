@@ -93,6 +93,11 @@ class MoEConfig(Config):
             raise error.under("router") from None
 
     @property
+    def losses(self) -> BalanceConfig:
+        """The weights of the router losses; all 0 where no gradient reaches the router, as under hash routing."""
+        return self.balance if self.router.learned else self.balance.replace(load=0.0, z=0.0)
+
+    @property
     def causal(self) -> bool:
         """Whether no token's result depends on later tokens of its sequence, in training and in evaluation."""
         if self.grouping == "position":

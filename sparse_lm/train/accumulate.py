@@ -48,7 +48,7 @@ def loss_and_gradients(
     """
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     moe = model.config.moe
-    balance = moe.balance if moe else None
+    balance = moe.losses if moe else None
     totals = count(batch)
 
     def loss(parameters, batch, key, totals):

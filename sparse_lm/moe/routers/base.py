@@ -27,7 +27,7 @@ class RouterShape:
 
 
 class RouterState(nnx.Variable):
-    """What a router changes by a rule and not by gradients: updated by the train step, checkpointed, never cut."""
+    """What a router changes by a rule and not by gradients: updated by the train step, checkpointed, never differentiated."""
 
 
 class Router(nnx.Module, abc.ABC):
@@ -58,6 +58,7 @@ class RouterConfig(Config, abc.ABC):
         """Raises `ConfigError` where the router cannot serve such a layer. Overridden where there is a limit."""
 
     causal = True  # whether a token's experts depend on no later token
+    learned = True  # whether a gradient reaches the router's scores, so that balance losses mean something
     needs_slots = False  # whether experts fill their slots, so that there must be a capacity
 
 
