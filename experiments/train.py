@@ -30,12 +30,11 @@ def main() -> None:
     text = session.experiment.data.source in ("stdlib", "text")
     if tokens and text:
         print_sample(session, tokens)
-    file = str(flags.FLAGS["config"].config_filename)
     print(f"next:\n  open {session.report} in a browser")
     if text:
         print(f"  python experiments/generate.py --workdir={workdir} --prompt='import '")
-    if session.experiment.model.moe and ":dense" in (Path(file).read_text() if Path(file).exists() else ""):
-        print(f"  python experiments/train.py --config={file}:dense --workdir={workdir}_dense   # its dense twin")
+    if session.experiment.model.moe:
+        print(f"  python experiments/train.py --config=configs/quickstart.py:dense --workdir={workdir}_dense")
 
 
 def print_sample(session, tokens: int) -> None:

@@ -51,7 +51,7 @@ class Config:
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = coerce(getattr(self, field.name), hints[field.name], field.name, field.metadata.get("variants"))
             _check_bounds(field.name, value, field.metadata.get("bounds") or {})
             object.__setattr__(self, field.name, value)
@@ -104,9 +104,9 @@ def coerce(value: Any, hint: Any, key: str, variants: Mapping[str, type] | None 
     if isinstance(value, config_dict.ConfigDict):
         value = value.to_dict()
     if variants is not None and isinstance(value, Mapping):
-        kind = value.get(KIND)
+        kind = str(value.get(KIND))
         if kind not in variants:
-            raise ConfigError(f"{key}.{KIND}", kind, closest(str(kind), variants))
+            raise ConfigError(f"{key}.{KIND}", kind, closest(kind, variants))
         return _nested(variants[kind], value, key)
     if variants is not None:
         if not isinstance(value, tuple(variants.values())):

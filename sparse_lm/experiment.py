@@ -66,7 +66,7 @@ class Experiment(Config):
             shape = mesh_shape(dataclasses.asdict(self.mesh), num_devices)
         except ValueError as error:
             raise ConfigError("mesh", dataclasses.asdict(self.mesh), str(error)) from None
-        sizes = dict(zip(MESH_AXES, shape, strict=True))
+        sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
         self._check_batch(math.prod(sizes[axis] for axis in BATCH_AXES))
         model, moe = self.model, self.model.moe
         cuts = [

@@ -27,7 +27,7 @@ class RouterShape:
 
 
 class RouterState(nnx.Variable):
-    """What a router changes by a rule and not by gradients: updated by the train step, checkpointed, never differentiated."""
+    """What a router changes by a rule, not by gradients: updated by the train step, checkpointed."""
 
 
 class Router(nnx.Module, abc.ABC):

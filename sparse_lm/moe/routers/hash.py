@@ -29,8 +29,8 @@ class Hash(RouterConfig):
     frequencies: for `balanced`, how often each id occurs, from id 0 on, in any unit; ids beyond are hashed.
     gate: `one` (with k > 1 the experts' outputs add up, as in the paper's MultiHash, whose slices of one feed-forward
         layer are experts of width d_ff / k here), or `mean` (1 / k each).
-    The paper's own layers drop nothing: both capacity factors None. The balance losses have no gradient here and weigh nothing; the
-    probabilities in the statistics are 1 / k on the chosen experts.
+    The paper's own layers drop nothing: both capacity factors None. The balance losses have no gradient here
+    and weigh nothing; the probabilities in the statistics are 1 / k on the chosen experts.
     """
 
     kind = "hash"
