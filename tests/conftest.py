@@ -13,6 +13,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
+# Tests compile hundreds of small programs and run each once or twice: unoptimised code is ready in half the time.
+if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
 if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}={NUM_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
