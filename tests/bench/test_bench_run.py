@@ -57,6 +57,7 @@ def test_the_main_lists():
     assert done.stdout.rstrip() == summary()
 
 
+@pytest.mark.slow
 def test_the_main_measures_one(tmp_path):
     file = tmp_path / "bench.json"
     overrides = ["model.num_layers=1", "model.d_model=16", "model.d_ff=16", "data.length=16", "data.source=grammar"]

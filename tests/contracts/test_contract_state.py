@@ -63,12 +63,16 @@ def state_of(trajectory: decoders.Trajectory, name: str) -> np.ndarray:
 
 
 def assert_same(got: decoders.Trajectory, expected: decoders.Trajectory):
-    for flat, other in ((got.metrics, expected.metrics), (got.state, expected.state)):
+    # The state after two steps: the second one starts from parameters that differ in their last bits already.
+    for flat, other, tolerance in (
+        (got.metrics, expected.metrics, TOLERANCE),
+        (got.state, expected.state, 3 * TOLERANCE),
+    ):
         assert flat.keys() == other.keys()
         for path, value in other.items():
             if np.issubdtype(value.dtype, np.floating):
                 scale = max(np.max(np.abs(value), initial=0), 1e-30)
-                assert np.max(np.abs(flat[path] - value), initial=0) < TOLERANCE * scale, path
+                assert np.max(np.abs(flat[path] - value), initial=0) < tolerance * scale, path
             else:
                 np.testing.assert_array_equal(flat[path], value, err_msg=path)
 

@@ -50,7 +50,7 @@ def test_statistics_add_through_jit_and_scan():
 
 def test_paths_have_the_names_of_the_fields():
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(filled(TokenChoice, 0))]
-    assert paths == [".expert_GSK", ".gate_GSK"]
+    assert paths == [".expert_GSK", ".gate_GSK", ".order_GS"]
 
 
 def test_any_dataclass_can_be_made_one():
