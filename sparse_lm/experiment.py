@@ -35,6 +35,14 @@ class Experiment(Config):
         max_length = self.model.max_length
         if self.model.position == "learned" and max_length is not None and max_length < length:
             raise ConfigError("model.max_length", max_length, f"must be at least data.length={length}")
+        depth = self.model.depth
+        if depth is not None and not depth.allow_non_causal:
+            raise ConfigError(
+                "model.depth.allow_non_causal",
+                False,
+                "in training later tokens of a row decide whether a token passes a wrapped block, which is not causal "
+                "(evaluation and generation are); accept it with model.depth.allow_non_causal=True, or use depth=None",
+            )
         if moe is None:
             return
         if not moe.causal and not moe.router.causal and not moe.allow_non_causal:
@@ -82,6 +90,8 @@ class Experiment(Config):
                 ("model.moe.num_experts", moe.num_experts, "expert"),
                 ("model.moe.d_expert", model.d_expert, "model"),
             ]
+        if model.depth is not None and model.depth.predictor == "mlp":
+            cuts.append(("model.depth.hidden", model.depth.hidden, "model"))
         for key, value, axis in cuts:
             if value % sizes[axis]:
                 raise ConfigError(key, value, f"must be a multiple of mesh.{axis}={sizes[axis]}, or change the mesh")

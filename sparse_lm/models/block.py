@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.reports import Reports
 from sparse_lm.moe.layer import MoE
-from sparse_lm.moe.types import LayerStats
 from sparse_lm.nn.attention import Attention, KeyValues
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.nn.mlp import Mlp
@@ -55,8 +55,8 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BLD: Float[Array, "B L D"], context: Context, key: jax.Array | None, cache: KeyValues | None = None
-    ) -> tuple[Float[Array, "B L D"], LayerStats | None, KeyValues | None]:
-        """The layer's output, its routing statistics (None when dense) and its cache with this pass in it."""
+    ) -> tuple[Float[Array, "B L D"], Reports, KeyValues | None]:
+        """The layer's output, its reports and its cache with this pass in it."""
         pre = self.config.norm_position == "pre"
         attention_key, feed_forward_key = split_keys(key, 2)
         stored = None if cache is None or context.start is None else (cache, context.start)
@@ -71,4 +71,5 @@ class Block(nnx.Module):
             y_BLD, stats = self.feed_forward(inputs, context.real_BL, feed_forward_key, context.ids_BL)
         else:
             y_BLD = self.feed_forward(inputs, feed_forward_key)
-        return (x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)), stats, cache
+        x_BLD = x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)
+        return x_BLD, Reports(feed_forward=stats), cache

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Literal, NamedTuple
 
 from sparse_lm.config import Config, ConfigError, option
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.nn.mlp import Activation
+
+
+class LayerKind(NamedTuple):
+    """What is particular to a layer. sparse: experts in its feed-forward part. wrapped: tokens may skip it."""
+
+    sparse: bool
+    wrapped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig(Config):
+    """Mixture of Depths (Raposo et al. 2024, 2404.02258): some blocks are passed by a share of each row's tokens only.
+
+    capacity: that share in training: the C = ceil(capacity * length) tokens of a row with the highest router weights.
+    every: every `every`-th block is wrapped so; the first wrapped one is block number `every`.
+    predictor: what says, from the token alone, whether it would be chosen; evaluation and generation go by it.
+        `router`: the router's own weight, positive or not, trained by an auxiliary loss that also moves the model
+        (section 3.5, first method). `mlp`: a small network that sees the token without a gradient (second method).
+    hidden: width of that network. weight: of the predictor's cross-entropy, once per wrapped block.
+    allow_non_causal: accept that in training a token's way depends on later tokens.
+    """
+
+    capacity: float = option(0.125, gt=0, le=1)
+    every: int = option(2, ge=1)
+    predictor: Literal["router", "mlp"] = "router"
+    hidden: int = option(32, ge=1)
+    weight: float = option(0.01, ge=0)
+    allow_non_causal: bool = False
+
+    def slots(self, length: int) -> int:
+        """How many tokens of a row of this length pass a wrapped block in training."""
+        # The rounding of 0.1 * 30 to above 3 must not add a token.
+        return min(length, max(1, math.ceil(round(self.capacity * length, 9))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +53,7 @@ class ModelConfig(Config):
     norm_position: `pre` normalises the input of a sublayer, `post` the sum after it. dtype: of activations and matrix
     products; parameters, norms, softmax, router and loss are float32. scan_layers: compile one layer and loop over it.
     remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), or `dots` (all but the
-    results of matrix products). moe: None is a dense model.
+    results of matrix products). moe: None is a dense model. depth: None sends every token through every layer.
     """
 
     vocab_size: int | None = option(None, ge=2)
@@ -41,6 +75,7 @@ class ModelConfig(Config):
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     moe: MoEConfig | None = None
+    depth: DepthConfig | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` when the shapes do not fit together."""
@@ -60,6 +95,24 @@ class ModelConfig(Config):
             )
         if self.moe is not None and self.d_expert < 1:
             raise ConfigError("moe.top_k", self.moe.top_k, f"is more than d_ff={self.d_ff}; set moe.d_expert")
+
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        if self.depth is None:
+            return
+        if self.depth.every > self.num_layers:
+            raise ConfigError(
+                "depth.every", self.depth.every, f"wraps no layer of {self.num_layers}; depth=None wraps none"
+            )
+        routed_inside = any(kind.sparse and kind.wrapped for kind in self.layers)
+        if routed_inside and self.moe is not None and self.moe.group_size is not None:
+            raise ConfigError(
+                "moe.group_size",
+                self.moe.group_size,
+                "a wrapped sparse layer routes the chosen tokens of each row as one group; leave it at None, or choose "
+                "moe.every, moe.first_dense and depth.every so that no sparse layer is wrapped",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -84,3 +137,14 @@ class ModelConfig(Config):
             return (False,) * self.num_layers
         first, every = self.moe.first_dense, self.moe.every
         return tuple(i >= first and (i - first + 1) % every == 0 for i in range(self.num_layers))
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """What is particular to each layer."""
+        every = self.depth.every if self.depth else self.num_layers + 1
+        return tuple(LayerKind(sparse, (i + 1) % every == 0) for i, sparse in enumerate(self.sparse))
+
+    @property
+    def period(self) -> int:
+        """After how many layers their kinds repeat, first dense layers aside."""
+        return math.lcm(self.moe.every if self.moe else 1, self.depth.every if self.depth else 1)

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.models.block import Context
 from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.depth import DepthCache
+from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Cache, Stack
-from sparse_lm.moe.types import LayerStats
 from sparse_lm.nn.attention import KeyValues, causal_mask
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.embed import Embedding
@@ -42,24 +43,26 @@ class Decoder(nnx.Module):
         segments_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
         key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B L V"], LayerStats | None]:
-        """Float32 logits and the routing statistics, stacked over the sparse layers (None in a dense model).
+    ) -> tuple[Float[Array, "B L V"], Reports]:
+        """Float32 logits and what the layers report.
 
         segments_BL, positions_BL: see `Batch`. key: None is evaluation.
         """
         context = Context(tokens_BL, positions_BL, causal_mask(segments_BL, segments_BL), segments_BL > 0)
-        logits_BLV, stats, _ = self._forward(tokens_BL, context, key, None)
-        return logits_BLV, stats
+        logits_BLV, reports, _ = self._forward(tokens_BL, context, key, None)
+        return logits_BLV, reports
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Room for `length` tokens of `batch` sequences, in the compute dtype."""
         shape = (batch, length, self.config.kv_heads, self.config.width)
 
-        def room(repeats):
+        def room(repeats, kind):
             zeros = jnp.zeros((repeats, *shape), self.config.dtype)
-            return KeyValues(*(self.rules.constrain(zeros, "NBTJI") for _ in range(2)))
+            stored = KeyValues(*(self.rules.constrain(zeros, "NBTJI") for _ in range(2)))
+            taken_NBT = jnp.zeros((repeats, batch, length), bool)
+            return DepthCache(stored, self.rules.constrain(taken_NBT, "NBT")) if kind.wrapped else stored
 
-        return tuple(tuple(room(repeats) for _ in pattern) for repeats, pattern in self.stack.plan)
+        return tuple(tuple(room(repeats, kind) for kind in pattern) for repeats, pattern in self.stack.plan)
 
     def extend(
         self,
@@ -89,10 +92,10 @@ class Decoder(nnx.Module):
         elif self.config.position == "sinusoidal":
             x_BLD = x_BLD + sinusoidal(context.positions_BL, self.config.d_model).astype(dtype)
         x_BLD = dropout(x_BLD, self.config.dropout, embed_key)
-        x_BLD, stats, cache = self.stack(x_BLD, context, stack_key, cache)
+        x_BLD, reports, cache = self.stack(x_BLD, context, stack_key, cache)
         if self.norm is not None:
             x_BLD = self.norm(x_BLD)
-        return (self.unembedding or self.embedding).decode(x_BLD), stats, cache
+        return (self.unembedding or self.embedding).decode(x_BLD), reports, cache
 
 
 def build_decoder(key: jax.Array, config: ModelConfig, rules: Rules) -> Decoder:

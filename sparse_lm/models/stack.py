@@ -1,13 +1,14 @@
-"""The layers of a model: equal ones are stored stacked and run by one scan, whatever pattern dense and sparse make.
+"""The layers of a model: equal ones are stored stacked and run by one scan, whatever pattern their kinds make.
 
-The layers are cut into up to three segments: the first dense layers, the repeated unit (dense layers and then a sparse
-one), and dense layers that are left over. Parameters are stacked the same way whether they are scanned or not, so that
-a checkpoint does not depend on `scan_layers`.
+The layers are cut into segments: the first dense layers, the repeated unit (for example dense layers and then a sparse
+one), and layers that are left over. Parameters are stacked the same way whether they are scanned or not, so that a
+checkpoint does not depend on `scan_layers`.
 """
 
 from __future__ import annotations
 
-from typing import Self
+import itertools
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm.models.block import Block, Context
-from sparse_lm.models.config import ModelConfig
-from sparse_lm.moe.types import LayerStats, RouterStats
+from sparse_lm.models.config import LayerKind, ModelConfig
+from sparse_lm.models.depth import Depth, DepthCache
+from sparse_lm.models.reports import Reports, concatenate, flatten, stack
+from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.types import RouterStats
 from sparse_lm.nn.attention import KeyValues
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.sharding import Rules
 
-Cache = tuple[tuple[KeyValues, ...], ...]  # per segment, per block of its unit, stacked over repeats
+BlockCache = KeyValues | DepthCache
+Cache = tuple[tuple[BlockCache, ...], ...]  # per segment, per block of its unit, stacked over repeats
+Kind = TypeVar("Kind")
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,31 +38,45 @@ _POLICIES = {
 class Unit(nnx.Module):
     """A few different layers in a row."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, pattern: tuple[bool, ...], rules: Rules):
+    def __init__(self, key: jax.Array, config: ModelConfig, pattern: tuple[LayerKind, ...], rules: Rules):
         keys = jax.random.split(key, len(pattern))
-        self.blocks = nnx.List([Block(k, config, sparse, rules) for k, sparse in zip(keys, pattern, strict=True)])
+        self.blocks = nnx.List(
+            [
+                Depth(k, config, kind.sparse, rules) if kind.wrapped else Block(k, config, kind.sparse, rules)
+                for k, kind in zip(keys, pattern, strict=True)
+            ]
+        )
 
     def __call__(
-        self, x_BLD: jax.Array, context: Context, key: jax.Array | None, caches: tuple[KeyValues, ...] | None
-    ) -> tuple[jax.Array, LayerStats | None, tuple[KeyValues, ...] | None]:
-        """Runs the layers; at most one of them is sparse."""
-        stats, stored = None, []
+        self, x_BLD: jax.Array, context: Context, key: jax.Array | None, caches: tuple[BlockCache, ...] | None
+    ) -> tuple[jax.Array, Reports, tuple[BlockCache, ...] | None]:
+        """Runs the layers; the reports of each kind are stacked."""
+        reports, stored = [], []
         keys = split_keys(key, len(self.blocks))
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x_BLD, new, cache = block(x_BLD, context, keys[i], cache)
-            stats = stats if new is None else new
+            x_BLD, report, cache = block(x_BLD, context, keys[i], cache)
+            reports.append(report)
             stored.append(cache)
-        return x_BLD, stats, None if caches is None else tuple(stored)
+        return x_BLD, stack(reports), None if caches is None else tuple(stored)
 
 
-def segments(sparse: tuple[bool, ...], every: int) -> list[tuple[int, tuple[bool, ...]]]:
-    """(repeats, pattern of a unit) for each run of equal units; laid end to end they are the model's layers."""
-    first = sparse.index(True) + 1 - every if True in sparse else len(sparse)
-    body = (len(sparse) - first) // every if True in sparse else 0
-    tail = len(sparse) - first - body * every
-    parts = [(first, (False,)), (body, (False,) * (every - 1) + (True,)), (tail, (False,))]
-    return [(repeats, pattern) for repeats, pattern in parts if repeats]
+def segments(layers: tuple[Kind, ...], period: int) -> list[tuple[int, tuple[Kind, ...]]]:
+    """(repeats, pattern of a unit) for each run of equal units; laid end to end they are the model's layers.
+
+    layers: the kind of each. period: after how many layers kinds repeat, from some layer on.
+    """
+    first = len(layers)
+    while first > 0 and (first - 1 + period >= len(layers) or layers[first - 1] == layers[first - 1 + period]):
+        first -= 1
+    body = (len(layers) - first) // period
+    head, tail = layers[:first], layers[first + body * period :]
+
+    def runs(part: tuple[Kind, ...]) -> list[tuple[int, tuple[Kind, ...]]]:
+        return [(len(list(group)), (kind,)) for kind, group in itertools.groupby(part)]
+
+    unit = [(body, layers[first : first + period])] if body else []
+    return runs(head) + unit + runs(tail)
 
 
 class Stack(nnx.Module):
@@ -64,7 +84,7 @@ class Stack(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, rules: Rules):
         self.config = config
-        self.plan = tuple(segments(config.sparse, config.moe.every if config.moe else 1))
+        self.plan = tuple(segments(config.layers, config.period))
         self.units = nnx.List(
             [
                 jax.vmap(lambda k, pattern=pattern: Unit(k, config, pattern, rules))(jax.random.split(k, repeats))
@@ -74,34 +94,40 @@ class Stack(nnx.Module):
 
     def __call__(
         self, x_BLD: Float[Array, "B L D"], context: Context, key: jax.Array | None, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B L D"], LayerStats | None, Cache | None]:
-        """The last layer's output; statistics stacked over the sparse layers (None if there are none); the cache."""
-        all_stats, all_caches = [], []
+    ) -> tuple[Float[Array, "B L D"], Reports, Cache | None]:
+        """The last layer's output; the layers' reports, each kind stacked over the layers that make it; the cache."""
+        all_reports, all_caches = [], []
         keys = split_keys(key, len(self.plan))
         for i, (repeats, _) in enumerate(self.plan):
             layer_key = keys[i]
             layer_keys = None if layer_key is None else jax.random.split(layer_key, repeats)
             inputs = (self.units[i], layer_keys, None if cache is None else cache[i])
-            x_BLD, (stats, stored) = self._run(x_BLD, context, inputs, repeats)
-            all_stats += [] if stats is None else [stats]
+            x_BLD, (reports, stored) = self._run(x_BLD, context, inputs, repeats)
+            all_reports.append(flatten(reports))
             all_caches.append(stored)
-        stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *all_stats) if all_stats else None
-        return x_BLD, stats, None if cache is None else tuple(all_caches)
+        return x_BLD, concatenate(all_reports), None if cache is None else tuple(all_caches)
 
     def with_updated_routers(self, stats: RouterStats) -> Self:
         """The stack after a step whose whole batch had these statistics, stacked over sparse layers (see `Router`)."""
         new = jax.tree.map(lambda leaf: leaf, self)  # other modules around the same arrays
-        for unit, (_, pattern) in zip(new.units, self.plan, strict=True):
-            if pattern[-1]:  # the sparse layers are the last ones of the units of one segment
-                layer = unit.blocks[-1].feed_forward
-                layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, stats)
+        start = 0
+        for unit, (repeats, pattern) in zip(new.units, self.plan, strict=True):
+            places = [i for i, kind in enumerate(pattern) if kind.sparse]
+            stop = start + repeats * len(places)
+            for number, place in enumerate(places):
+                block = unit.blocks[place]
+                layer = (block.block if isinstance(block, Depth) else block).feed_forward
+                assert isinstance(layer, MoE)
+                own = jax.tree.map(lambda leaf, n=number: leaf[start + n : stop : len(places)], stats)  # noqa: B023
+                layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, own)
+            start = stop
         return new
 
     def _run(self, x_BLD, context, inputs, repeats):
         def body(x_BLD, inputs):
             unit, key, caches = inputs
-            x_BLD, stats, caches = unit(x_BLD, context, key, caches)
-            return x_BLD, (stats, caches)
+            x_BLD, reports, caches = unit(x_BLD, context, key, caches)
+            return x_BLD, (reports, caches)
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers)

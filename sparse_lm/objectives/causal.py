@@ -9,23 +9,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.batch import Batch
+from sparse_lm.models.reports import DepthStats, Reports
 from sparse_lm.moe.balance import load_balance, z_loss
 from sparse_lm.moe.config import BalanceConfig
-from sparse_lm.moe.types import LayerStats, pytree_dataclass
+from sparse_lm.moe.types import LayerStats, RouterStats, pytree_dataclass
 
-Apply = Callable[..., tuple[jax.Array, LayerStats | None]]
+Apply = Callable[..., tuple[jax.Array, Reports]]
 
 
 @pytree_dataclass
 class Totals:
     """What sums are divided by, and loads of the whole batch: known before the first microbatch's gradient.
 
-    targets: predicted tokens. tokens: real tokens that are routed. load_NE: see `moe.balance.load_balance`, or None.
+    targets: predicted tokens. tokens: real tokens. load_NE: see `moe.balance.load_balance`, or None. routed_N: tokens
+    that each sparse layer routes, where tokens may skip layers; None is what the statistics say.
     """
 
     targets: Scalar
     tokens: Scalar
     load_NE: Int[Array, "N E"] | None = None
+    routed_N: Float[Array, "N"] | None = None
 
 
 @pytree_dataclass
@@ -34,7 +37,7 @@ class LossParts:
 
     loss: cross-entropy in nats per target. load_balance_N, z_N: per sparse layer, unweighted (size 0 when dense).
     domain_loss, domain_targets: summed nats and number of targets per domain of the data.
-    stats: routing statistics, summed over units; None in a dense model.
+    stats: routing statistics, summed over units; None in a dense model. depth: None where no token skips a layer.
     """
 
     loss: Scalar
@@ -43,6 +46,7 @@ class LossParts:
     domain_loss: Float[Array, "domains"]
     domain_targets: Float[Array, "domains"]
     stats: LayerStats | None
+    depth: DepthStats | None = None
 
 
 def count(batch: Batch) -> Totals:
@@ -66,29 +70,39 @@ def token_losses(logits_BLV: Float[Array, "B L V"], labels_BL: Int[Array, "B L"]
 
 
 def causal_loss(
-    apply: Apply, batch: Batch, key: jax.Array | None, totals: Totals, balance: BalanceConfig | None, num_domains: int
+    apply: Apply,
+    batch: Batch,
+    key: jax.Array | None,
+    totals: Totals,
+    balance: BalanceConfig | None,
+    num_domains: int,
+    depth_weight: float = 0.0,
 ) -> tuple[Scalar, LossParts]:
     """This microbatch's share of the loss of the batch, and its parts.
 
-    apply: (tokens, segments, positions, key) -> (logits, statistics). balance: None in a dense model.
-    The loss is cross-entropy + sum over layers of (balance.load * load balance + balance.z * z).
+    apply: (tokens, segments, positions, key) -> (logits, reports). balance: None in a dense model.
+    The loss is cross-entropy + sum over sparse layers of (balance.load * load balance + balance.z * z + the router's
+    own penalty) + depth_weight * sum over wrapped layers of the predictor's cross-entropy per token.
     """
-    logits_BLV, stats = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
+    logits_BLV, reports = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
     weight_BL = predicted(batch).astype(jnp.float32)
     nats_BL = token_losses(logits_BLV, batch.tokens_BL[:, 1:]) * weight_BL
     in_domain = batch.domains_BL[:, 1:, None] == jnp.arange(num_domains)
     loss = jnp.sum(nats_BL) / jnp.maximum(totals.targets, 1)
     balance_N = z_N = jnp.zeros((0,), jnp.float32)
-    total = loss
+    stats, depth, total = reports.feed_forward, reports.depth, loss
+    if depth is not None:
+        total = total + depth_weight * jnp.sum(depth.loss) / jnp.maximum(totals.tokens, 1)
     if stats is not None and balance is not None:
         router = stats.router
+        tokens = totals.tokens if depth is None else _routed(router, totals)
         if balance.scope == "global":
             load_NE = jnp.sum(router.load_UE, axis=1) if totals.load_NE is None else totals.load_NE
-            balance_N = load_balance(router, totals.tokens, load_NE)
+            balance_N = load_balance(router, tokens, load_NE)
         else:
-            balance_N = load_balance(router, totals.tokens)
-        z_N = z_loss(router, totals.tokens)
-        penalty = jnp.sum(router.penalty_U) / jnp.maximum(totals.tokens, 1)
+            balance_N = load_balance(router, tokens)
+        z_N = z_loss(router, tokens)
+        penalty = jnp.sum(jnp.sum(router.penalty_U, axis=1) / jnp.maximum(tokens, 1))
         total = loss + balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N) + penalty
         summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
         stats = LayerStats(type(router)(**summed), stats.dispatch)
@@ -99,5 +113,11 @@ def causal_loss(
         domain_loss=jnp.sum(nats_BL[..., None] * in_domain, axis=(0, 1)),
         domain_targets=jnp.sum(weight_BL[..., None] * in_domain, axis=(0, 1)),
         stats=stats,
+        depth=depth,
     )
     return total, parts
+
+
+def _routed(router: RouterStats, totals: Totals) -> jax.Array:
+    """Per sparse layer, how many tokens of the whole batch it routes; in evaluation only its statistics know."""
+    return jnp.sum(router.tokens_U, axis=1).astype(jnp.float32) if totals.routed_N is None else totals.routed_N

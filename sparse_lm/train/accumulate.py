@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.decoder import Decoder
+from sparse_lm.models.depth import routed_tokens
 from sparse_lm.moe.layer import rows_together
 from sparse_lm.objectives.causal import LossParts, Totals, causal_loss, count
 from sparse_lm.sharding import Rules
@@ -47,12 +49,15 @@ def loss_and_gradients(
     them, without gradients. (A running count would be cheaper and would make the loss depend on the cut.)
     """
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    moe = model.config.moe
+    moe, depth = model.config.moe, model.config.depth
     balance = moe.losses if moe else None
     totals = count(batch)
+    if depth is not None:
+        totals = dataclasses.replace(totals, routed_N=routed_tokens(model.config, batch.segments_BL[:, :-1] > 0))
 
     def loss(parameters, batch, key, totals):
-        return causal_loss(nnx.merge(graph, parameters, rest), batch, key, totals, balance, num_domains)
+        apply = nnx.merge(graph, parameters, rest)
+        return causal_loss(apply, batch, key, totals, balance, num_domains, depth.weight if depth else 0.0)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if number == 1:
@@ -62,7 +67,7 @@ def loss_and_gradients(
     together = rows_together(moe, length) if moe else 1
     inputs = (microbatches(batch, number, model.rules, together), jax.random.split(key, number))
     if balance is not None and balance.scope == "global" and balance.load > 0:
-        totals = Totals(totals.targets, totals.tokens, _loads(loss, parameters, inputs, totals))
+        totals = dataclasses.replace(totals, load_NE=_loads(loss, parameters, inputs, totals))
     return _summed(lambda batch, key: value_and_grad(parameters, batch, key, totals), inputs)
 
 

@@ -129,7 +129,7 @@ def test_nothing_is_dropped_and_the_model_is_left_alone():
     assert model.config.moe == CONFIGS["moe_learned"].moe
     tokens = jnp.full((2, 8), 5)  # equal tokens choose equal experts: the worst case for capacity
     inputs = tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(8), (2, 8))
-    statistics = jax.jit(lambda model: model(*inputs)[1].dispatch.dropped)
+    statistics = jax.jit(lambda model: model(*inputs)[1].feed_forward.dispatch.dropped)
     assert (statistics(model) > 0).all() and (statistics(dropless) == 0).all()
     expected = CONFIGS["moe_learned"].replace(moe__capacity_factor_eval=None, moe__group_size=None)
     assert dropless.config == expected

@@ -37,8 +37,8 @@ def attended(block: Block, x_BLD):
 
 def test_pre_norm_adds_the_parts_to_the_stream():
     block = build()
-    y_BLD, stats, cache = block(X_BLD, CONTEXT, None)
-    assert stats is None
+    y_BLD, reports, cache = block(X_BLD, CONTEXT, None)
+    assert reports.feed_forward is None
     assert cache is None
     middle = X_BLD + attended(block, block.attention_norm(X_BLD))
     assert isinstance(block.feed_forward, Mlp)
@@ -56,7 +56,8 @@ def test_post_norm_normalises_the_sums():
 
 def test_a_sparse_layer_reports_what_it_routed():
     block = build(sparse=True)
-    y_BLD, stats, _ = block(X_BLD, CONTEXT, None)
+    y_BLD, reports, _ = block(X_BLD, CONTEXT, None)
+    stats = reports.feed_forward
     assert isinstance(block.feed_forward, MoE)
     assert stats is not None
     assert int(stats.router.tokens_U.sum()) == 5

@@ -33,7 +33,8 @@ def logits_of(model: Decoder, tokens=TOKENS_BL, positions=POSITIONS_BL, key=None
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_float32(dtype):
-    logits, stats = run(build(dtype=dtype), TOKENS_BL, SEGMENTS_BL, POSITIONS_BL)
+    logits, reports = run(build(dtype=dtype), TOKENS_BL, SEGMENTS_BL, POSITIONS_BL)
+    stats = reports.feed_forward
     assert logits.shape == (2, 6, 11)
     assert logits.dtype == jnp.float32
     assert stats.router.load_UE.shape == (1, 2, 4)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sparse_lm.models.block import Context
-from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.config import LayerKind, ModelConfig
+from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Stack, segments
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
@@ -76,7 +77,8 @@ def test_scanned_and_unrolled_layers_agree_and_share_their_parameters(key):
 
 def test_statistics_are_stacked_over_the_sparse_layers():
     stack = Stack(jax.random.key(0), config(), DEFAULT)
-    _, stats, cache = stack(X_BLD, CONTEXT, None)
+    _, reports, cache = stack(X_BLD, CONTEXT, None)
+    stats = reports.feed_forward
     assert cache is None
     assert stats is not None
     assert stats.router.load_UE.shape == (2, 2, 4)
@@ -86,7 +88,8 @@ def test_statistics_are_stacked_over_the_sparse_layers():
 
 def test_layers_are_initialised_apart():
     stack = Stack(jax.random.key(0), config(), DEFAULT)
-    assert stack.plan == ((1, (F,)), (2, (F, T)))
+    dense, sparse = LayerKind(False), LayerKind(True)
+    assert stack.plan == ((1, (dense,)), (2, (dense, sparse)))
     dense, sparse = stack.units[1].blocks
     assert isinstance(dense.feed_forward, Mlp)
     assert isinstance(sparse.feed_forward, MoE)
@@ -97,7 +100,7 @@ def test_layers_are_initialised_apart():
 
 def test_a_dense_stack_has_no_statistics():
     dense = config().replace(moe=None)
-    assert Stack(jax.random.key(0), dense, DEFAULT)(X_BLD, CONTEXT, None)[1] is None
+    assert Stack(jax.random.key(0), dense, DEFAULT)(X_BLD, CONTEXT, None)[1] == Reports()
 
 
 def test_the_result_is_that_of_the_blocks_in_order():

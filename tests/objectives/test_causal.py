@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.batch import Batch
+from sparse_lm.models.reports import Reports
 from sparse_lm.moe.config import BalanceConfig
 from sparse_lm.moe.types import DispatchStats, LayerStats, RouterStats
 from sparse_lm.objectives.causal import Totals, causal_loss, count, predicted, token_losses
@@ -37,11 +38,11 @@ def router_stats() -> LayerStats:
 
 def apply(tokens, segments, positions, key):
     assert tokens.shape == segments.shape == positions.shape == (2, 4)
-    return LOGITS, None
+    return LOGITS, Reports()
 
 
 def apply_sparse(*inputs):
-    return LOGITS, router_stats()
+    return LOGITS, Reports(router_stats())
 
 
 def nats() -> np.ndarray:

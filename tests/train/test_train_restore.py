@@ -70,8 +70,8 @@ def test_the_step_that_was_asked_for(workdir, arguments, step):
 def test_the_model_runs(workdir):
     model = load_model(str(workdir)).model
     tokens = jnp.asarray(ByteTokenizer().encode("def f"))[None]
-    logits, stats = model(tokens, jnp.ones_like(tokens), jnp.arange(5)[None])
-    assert logits.shape == (1, 5, 264) and stats is not None
+    logits, reports = model(tokens, jnp.ones_like(tokens), jnp.arange(5)[None])
+    assert logits.shape == (1, 5, 264) and reports.feed_forward is not None
 
 
 def test_on_a_mesh(workdir, mesh_of):
