@@ -11,6 +11,7 @@ import numpy as np
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.decoder import Decoder
+from sparse_lm.models.reports import DepthStats
 from sparse_lm.moe.balance import max_violation
 from sparse_lm.objectives.causal import LossParts, causal_loss, count
 
@@ -20,6 +21,7 @@ class Evaluation:
     """loss: nats per target. by_domain: the same for each domain that has targets. targets: how many.
 
     dropped_fraction: of the routed assignments; max_violation: see `moe.balance`, mean over layers; None when dense.
+    depth: of the blocks that tokens may skip, if there are any.
     """
 
     loss: float
@@ -27,6 +29,7 @@ class Evaluation:
     targets: int
     dropped_fraction: float | None
     max_violation: float | None
+    depth: DepthStats | None = None
 
     def bits_per_byte(self, bytes_per_target: float | None) -> float | None:
         """The loss in bits per byte of text, or None for data that is no text."""
@@ -55,8 +58,9 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
             load_NE = stats.router.load_UE.sum(axis=1).astype(np.int64)
             violation = float(np.mean(max_violation(load_NE)))
         by_domain = {name: float(nats[i] / targets[i]) for i, name in enumerate(domains) if targets[i] > 0}
+        depth = jax.tree.map(lambda *x: np.sum(x, axis=0), *[p.depth for p in each])  # None stays None
         return Evaluation(
-            float(nats.sum() / max(1.0, targets.sum())), by_domain, int(targets.sum()), dropped, violation
+            float(nats.sum() / max(1.0, targets.sum())), by_domain, int(targets.sum()), dropped, violation, depth
         )
 
     return evaluate

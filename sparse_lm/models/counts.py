@@ -8,19 +8,22 @@ Conventions:
 - The unembedding is a matrix product, tied or not; looking up an embedding or a position is not.
 - Empty slots of experts and recomputation (remat) are not counted: they are overhead, not work of the model.
 - Norms, activations, softmax and the choice of experts count no FLOPs; the router's product does.
+- A block that a share c of the tokens passes (Mixture of Depths) costs a token c of its weights, and c squared of its
+  attention scores, as in training; `active` is then a mean over tokens. Evaluation computes such blocks in full.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import optax
 from flax import nnx
 
 from sparse_lm.config import ConfigError
-from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.moe.routers import RouterShape
 from sparse_lm.nn.mlp import GATED
@@ -44,8 +47,9 @@ class Part:
 class Counts:
     """The parts of a model. `embedding`, `unembedding` (empty when tied) and `positions` (learned ones) are tables.
 
-    dense: feed-forward layers that are not sparse. shared: experts that see every token. score_width: layers x heads x
-    head_dim, what attention scores cost beside their parameters.
+    dense: feed-forward layers that are not sparse. shared: experts that see every token. depth: routers and predictors
+    of blocks that tokens may skip. score_width: layers x heads x head_dim, what attention scores cost beside their
+    parameters.
     """
 
     embedding: Part
@@ -56,6 +60,7 @@ class Counts:
     router: Part
     experts: Part
     shared: Part
+    depth: Part
     unembedding: Part
     score_width: int
 
@@ -123,7 +128,7 @@ def count(config: ModelConfig) -> Counts:
     head_axes = 2 * config.num_heads + 2 * config.kv_heads  # query and out, key and value
     num_norms = 2 * layers + (config.norm_position == "pre")
     norms = num_norms * width * (2 if config.norm == "layernorm" else 1)
-    return Counts(
+    counts = Counts(
         embedding=Part(table, table, 0),
         positions=Part(positions, positions, 0),
         attention=_matrices(layers * width * config.width * head_axes),
@@ -132,9 +137,11 @@ def count(config: ModelConfig) -> Counts:
         router=_router(config),
         experts=_experts(config),
         shared=_matrices(num_sparse * _feed_forward(config, _shared_width(config))),
+        depth=_depth(config),
         unembedding=Part(0, 0, table) if tied else _matrices(table),
         score_width=layers * config.num_heads * config.width,
     )
+    return counts if config.depth is None else _discounted(counts, config, config.depth.capacity)
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: optax.GradientTransformation) -> int:
@@ -171,9 +178,14 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense model whose feed-forward layers cost each token as many FLOPs, and active parameters, as `config`'s.
 
     Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert. The router is
-    extra in the sparse model and has no counterpart. Raises `ConfigError` when the model is dense already, and when
+    extra in the sparse model and has no counterpart. Where tokens skip layers, the twin has as many layers as a token
+    passes on average, rounded, and the hidden width that gives its products with weights the same FLOPs.
+
+    Raises `ConfigError` when the model is dense already, and when
     its dense layers are of another width: no single d_ff then matches every layer.
     """
+    if config.depth is not None:
+        return _depth_twin(config)
     if config.moe is None:
         raise ConfigError("model.moe", None, "the model is dense: it is its own twin")
     width = config.moe.top_k * config.d_expert + _shared_width(config)
@@ -185,6 +197,53 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
             f"dense model has the FLOPs of both; choose them equal, for example d_ff={width}, or every=1",
         )
     return config.replace(moe=None, d_ff=width)
+
+
+def _depth_twin(config: ModelConfig) -> ModelConfig:
+    assert config.depth is not None
+    layers = max(1, round(sum(config.depth.capacity if kind.wrapped else 1 for kind in config.layers)))
+    counts, twin = count(config), config.replace(moe=None, depth=None, num_layers=layers)
+    spare = sum(part.multiplied for part in (counts.attention, counts.dense, counts.experts, counts.shared))
+    width = round((spare - count(twin).attention.multiplied) / (layers * _feed_forward(config, 1)))
+    if width < 1:
+        raise ConfigError(
+            "model.depth.capacity",
+            config.depth.capacity,
+            f"leaves a dense model of {layers} layers no FLOPs for feed-forward layers; there is no twin of this shape",
+        )
+    return twin.replace(d_ff=width)
+
+
+def _discounted(counts: Counts, config: ModelConfig, capacity: float) -> Counts:
+    """With what a token uses on average, where some layers are passed by the share `capacity` of the tokens."""
+
+    def scaled(part: Part, layers: Sequence[LayerKind], fixed: int = 0) -> Part:
+        share = sum(capacity if kind.wrapped else 1.0 for kind in layers) / max(1, len(layers))
+        return Part(part.total, round((part.active - fixed) * share) + fixed, round(part.multiplied * share))
+
+    layers = config.layers
+    dense, sparse = ([kind for kind in layers if kind.sparse == is_sparse] for is_sparse in (False, True))
+    last = counts.norms.total // (2 * len(layers) + 1) if config.norm_position == "pre" else 0
+    return dataclasses.replace(
+        counts,
+        attention=scaled(counts.attention, layers),
+        norms=scaled(counts.norms, layers, last),
+        dense=scaled(counts.dense, dense),
+        **{name: scaled(getattr(counts, name), sparse) for name in ("router", "experts", "shared")},
+        score_width=round(
+            counts.score_width * sum(capacity**2 if kind.wrapped else 1 for kind in layers) / len(layers)
+        ),
+    )
+
+
+def _depth(config: ModelConfig) -> Part:
+    """Every token meets all of it."""
+    depth, wrapped = config.depth, sum(kind.wrapped for kind in config.layers)
+    if depth is None:
+        return Part(0, 0, 0)
+    hidden = depth.hidden if depth.predictor == "mlp" else 0
+    multiplied = wrapped * (config.d_model + config.d_model * hidden + hidden)
+    return Part(multiplied + wrapped * hidden, multiplied + wrapped * hidden, multiplied)
 
 
 def _matrices(size: int) -> Part:

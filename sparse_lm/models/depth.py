@@ -22,9 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from sparse_lm.models.block import Block, Context
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.reports import DepthStats, Reports
+from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.types import pytree_dataclass
 from sparse_lm.nn.attention import KeyValues
 from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import Rules
 
 
@@ -76,6 +78,11 @@ class Depth(nnx.Module):
         stats = depth_stats(processed_BL, chosen_BL, logit_BL, context.real_BL)
         return x_BLD, dataclasses.replace(reports, depth=stats), None
 
+    @property
+    def feed_forward(self) -> MoE | Mlp:
+        """That of the block inside."""
+        return self.block.feed_forward
+
     def _train(self, x_BLD, weight_BL, index_BC, context: Context, key):
         """The chosen tokens alone, in the order in which they stand in the row."""
         per_group = self.rules.per_group
@@ -94,6 +101,7 @@ class Depth(nnx.Module):
         """All tokens, of which those that do not take part are keys for none and padding for the experts."""
         taken_BT = says_BL
         if cache is not None:
+            assert context.start is not None
             taken_BT = jax.lax.dynamic_update_slice_in_dim(cache.taken_BT, says_BL, context.start, axis=1)
         mask_BLT = context.mask_BLT & taken_BT[:, None, :]
         inner = dataclasses.replace(context, mask_BLT=mask_BLT, real_BL=says_BL)

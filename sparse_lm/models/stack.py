@@ -55,7 +55,8 @@ class Unit(nnx.Module):
         keys = split_keys(key, len(self.blocks))
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x_BLD, report, cache = block(x_BLD, context, keys[i], cache)
+            # A block's cache is of its own kind.
+            x_BLD, report, cache = block(x_BLD, context, keys[i], cache)  # type: ignore[arg-type]
             reports.append(report)
             stored.append(cache)
         return x_BLD, stack(reports), None if caches is None else tuple(stored)
@@ -115,8 +116,7 @@ class Stack(nnx.Module):
             places = [i for i, kind in enumerate(pattern) if kind.sparse]
             stop = start + repeats * len(places)
             for number, place in enumerate(places):
-                block = unit.blocks[place]
-                layer = (block.block if isinstance(block, Depth) else block).feed_forward
+                layer = unit.blocks[place].feed_forward
                 assert isinstance(layer, MoE)
                 own = jax.tree.map(lambda leaf, n=number: leaf[start + n : stop : len(places)], stats)  # noqa: B023
                 layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, own)

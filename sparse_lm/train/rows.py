@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from sparse_lm.evals.perplexity import Evaluation
+from sparse_lm.models.reports import DepthStats
 from sparse_lm.moe.balance import max_violation
 from sparse_lm.moe.types import LayerStats
 from sparse_lm.train.step import StepMetrics
@@ -23,6 +24,8 @@ def train_row(step: int, metrics: StepMetrics, layers: bool) -> dict[str, Any]:
         "gradient_norm": float(metrics.gradient_norm),
         "nonfinite_steps": int(metrics.nonfinite),
     }
+    if metrics.parts.depth is not None:
+        row |= depth_row(metrics.parts.depth)
     stats = metrics.parts.stats
     if stats is None:
         return row | {"dropped_fraction": 0.0}
@@ -41,6 +44,22 @@ def train_row(step: int, metrics: StepMetrics, layers: bool) -> dict[str, Any]:
         "served": _rounded(dispatch.served.sum(axis=0) / max(1.0, dispatch.served.sum())),
     }
     return row | {"layers": layer_arrays(stats)} if layers else row
+
+
+def depth_row(stats: DepthStats) -> dict[str, Any]:
+    """Of the blocks that tokens may skip: share of the real tokens that passed, how often the predictor is right
+    about who is chosen, and its cross-entropy in nats per token, each over all of them; the share per block as well.
+    """
+    processed_N, skipped_N, agreed_N, loss_N = (
+        np.asarray(x, np.float64) for x in (stats.processed, stats.skipped, stats.agreed, stats.loss)
+    )
+    real_N = processed_N + skipped_N
+    return {
+        "depth_processed": _ratio(processed_N.sum(), real_N.sum()),
+        "depth_accuracy": _ratio(agreed_N.sum(), real_N.sum()),
+        "depth_loss": _ratio(loss_N.sum(), real_N.sum()),
+        "depth_processed_by_layer": _rounded(processed_N / np.maximum(real_N, 1)),
+    }
 
 
 def layer_arrays(stats: LayerStats) -> dict[str, Any]:
@@ -63,7 +82,7 @@ def validation_row(
     step: int, evaluation: Evaluation, bytes_per_target: float | None, entropy: float | None
 ) -> dict[str, Any]:
     """The row of an evaluation. entropy: the lowest possible loss, where it is known."""
-    return {
+    row = {
         "step": step,
         "split": "validation",
         "loss": evaluation.loss,
@@ -74,6 +93,7 @@ def validation_row(
         "dropped_fraction": evaluation.dropped_fraction,
         "max_violation": evaluation.max_violation,
     }
+    return row if evaluation.depth is None else row | depth_row(evaluation.depth)
 
 
 def gini(load_E: np.ndarray) -> float:
