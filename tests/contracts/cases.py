@@ -95,6 +95,9 @@ ROUTER_CASES: dict[str, Case] = {
     "hash_balanced": Case(moe(2, Hash(mode="balanced", frequencies=FREQUENCIES), "group")),
     "expert_choice": Case(moe(2, ExpertChoice(init_scale=ROUTER_SCALE)), drops=False),
     "expert_choice_wide": Case(moe(1, ExpertChoice(init_scale=ROUTER_SCALE), "sequence", group_size=16), drops=False),
+    "expert_choice_limited": Case(
+        moe(2, ExpertChoice(ROUTER_SCALE, max_experts=2, entropy=0.1, iterations=40), "group"), drops=False
+    ),
     "sinkhorn": Case(moe(1, Sinkhorn(init_scale=ROUTER_SCALE))),
     "sinkhorn_top2": Case(moe(2, Sinkhorn(init_scale=ROUTER_SCALE, temperature=2.0, iterations=7), "group")),
     "sinkhorn_evaluation": Case(moe(1, Sinkhorn(init_scale=ROUTER_SCALE)), training=False),
@@ -139,6 +142,9 @@ MESH_CASES = ("switch_shared", "top2_after_drop")  # top-1 and top-2, with and w
 
 # The first case of each kind of router but top-k, to be run on one mesh with every dispatcher.
 KIND_CASES = {kind: name for name, case in reversed(ROUTER_CASES.items()) if (kind := case.moe.router.kind) != "top_k"}
+
+# Options of a router that compute in another way on a mesh, and so are run on it too.
+VARIANT_CASES = ("expert_choice_limited",)
 
 
 @functools.cache

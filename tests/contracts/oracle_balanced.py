@@ -30,16 +30,44 @@ def _smooth(weights, x_TD, candidate_TK, gate) -> Smooth:
 
 
 def decide_expert_choice(problem, group: Group) -> Choice:
-    """Each expert in turn takes its best real tokens."""
+    """Each expert in turn takes its best real tokens; with a limit, tokens then give up their worst experts."""
+    router, real = problem.config.router, np.flatnonzero(group.mask_S)
     logits_SE = group.x_SD @ problem.weights["weight_DE"]
     probability_SE = np.array([softmax(list(logits_E)) for logits_E in logits_SE])
     size, num_experts = logits_SE.shape
+    wish_SE, limit = np.array(probability_SE), router.max_experts
+    if limit is not None and len(real):
+        slots = min(group.slots, len(real) * limit / num_experts)
+        wish_SE[real] = limited_assignment(probability_SE[real], slots, limit, router.entropy, router.iterations)
     used_SE = np.zeros((size, num_experts), bool)
     for expert in range(num_experts):
-        ranking = sorted(np.flatnonzero(group.mask_S), key=lambda token, e=expert: -probability_SE[token, e])
+        ranking = sorted(real, key=lambda token, e=expert: -wish_SE[token, e])
         used_SE[ranking[: group.slots], expert] = True
+    for token in real:
+        ranking = sorted(np.flatnonzero(used_SE[token]), key=lambda expert, t=token: -probability_SE[t, expert])
+        used_SE[token, ranking[limit or num_experts :]] = False
     candidate_SE = np.tile(np.arange(num_experts), (size, 1))
     return _choice(logits_SE, candidate_SE, probability_SE, used_SE)
+
+
+def limited_assignment(score_SE, slots: float, limit: int, entropy: float, iterations: int):
+    """Dykstra's algorithm by the book: before each projection its last correction is undone, and noted anew after.
+
+    The last projection, onto entries of at most 1, is left out at the end: it would tie what it cuts off.
+    """
+    a_SE, notes = np.exp(np.asarray(score_SE, np.float64) / entropy), [1.0, 1.0, 1.0]
+    projections = [
+        lambda x: x * (slots / x.sum(0)),
+        lambda x: x * np.minimum(1, limit / x.sum(1))[:, None],
+        lambda x: np.minimum(x, 1),
+    ]
+    before_SE = a_SE
+    for _ in range(iterations):
+        for i, project in enumerate(projections):
+            before_SE = a_SE * notes[i]
+            a_SE = project(before_SE)
+            notes[i] = before_SE / a_SE
+    return before_SE
 
 
 def transport_plan(cost_SE, iterations: int):

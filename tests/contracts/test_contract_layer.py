@@ -77,7 +77,10 @@ def test_layer_on_a_mesh_equals_the_oracle(name, dispatcher, sizes, mesh_of, rec
     _check(got, name, record_property)
 
 
-@pytest.mark.parametrize(("name", "dispatcher"), _rows(_quick_kind, cases.KIND_CASES.values(), cases.DISPATCHERS))
+@pytest.mark.parametrize(
+    ("name", "dispatcher"),
+    _rows(_quick_kind, (*cases.KIND_CASES.values(), *cases.VARIANT_CASES), cases.DISPATCHERS),
+)
 def test_every_kind_of_router_on_a_mesh_equals_the_oracle(name, dispatcher, mesh_of, record_property):
     mesh = mesh_of(**cases.MESHES["data2-expert4"])
     _check(harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher), mesh), name, record_property)
