@@ -108,7 +108,7 @@ def coerce(value: Any, hint: Any, key: str, variants: Mapping[str, type] | None 
         if kind not in variants:
             raise ConfigError(f"{key}.{KIND}", kind, closest(kind, variants))
         return _nested(variants[kind], value, key)
-    if variants is not None:
+    if variants is not None and not (value is None and type(None) in typing.get_args(hint)):
         if not isinstance(value, tuple(variants.values())):
             raise ConfigError(key, value, f"expected one of the kinds {', '.join(sorted(variants))}")
         return value

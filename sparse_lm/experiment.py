@@ -90,6 +90,8 @@ class Experiment(Config):
                 ("model.moe.num_experts", moe.num_experts, "expert"),
                 ("model.moe.d_expert", model.d_expert, "model"),
             ]
+        if model.attention is not None:
+            cuts.append(("model.attention.num_experts", model.attention.num_experts, "expert"))
         if model.depth is not None and model.depth.predictor == "mlp":
             cuts.append(("model.depth.hidden", model.depth.hidden, "model"))
         for key, value, axis in cuts:

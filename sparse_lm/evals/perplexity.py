@@ -44,8 +44,8 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
 
     @jax.jit
     def parts(model: Decoder, batch: Batch) -> LossParts:
-        moe = model.config.moe
-        return causal_loss(model, batch, None, count(batch), moe.losses if moe else None, len(domains))[1]
+        moe, attention = (part.losses if part else None for part in (model.config.moe, model.config.attention))
+        return causal_loss(model, batch, None, count(batch), moe, len(domains), attention_balance=attention)[1]
 
     def evaluate(model: Decoder, batches: Sequence[Batch]) -> Evaluation:
         each = [jax.device_get(parts(model, batch)) for batch in batches]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.reports import Reports
+from sparse_lm.moe.attention import AttentionInputs, ExpertAttention
 from sparse_lm.moe.layer import MoE
 from sparse_lm.nn.attention import Attention, KeyValues
 from sparse_lm.nn.dropout import split_keys
@@ -40,9 +41,7 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig, sparse: bool, rules: Rules):
         attention, feed_forward = jax.random.split(key)
         self.config = config
-        heads = (config.num_heads, config.kv_heads, config.width)
-        rope_base = config.rope_base if config.position == "rope" else None
-        self.attention = Attention(attention, config.d_model, heads, rules, rope_base, config.dropout)
+        self.attention = _attention(attention, config, rules)
         if sparse:
             assert config.moe is not None
             self.feed_forward: MoE | Mlp = MoE(
@@ -62,7 +61,12 @@ class Block(nnx.Module):
         stored = None if cache is None or context.start is None else (cache, context.start)
 
         inputs = self.attention_norm(x_BLD) if pre else x_BLD
-        y_BLD, cache = self.attention(inputs, context.positions_BL, context.mask_BLT, attention_key, stored)
+        attention_stats = None
+        if isinstance(self.attention, ExpertAttention):
+            seen = AttentionInputs(context.positions_BL, context.mask_BLT, context.real_BL, context.ids_BL)
+            y_BLD, cache, attention_stats = self.attention(inputs, seen, attention_key, stored)
+        else:
+            y_BLD, cache = self.attention(inputs, context.positions_BL, context.mask_BLT, attention_key, stored)
         x_BLD = x_BLD + y_BLD if pre else self.attention_norm(x_BLD + y_BLD)
 
         inputs = self.feed_forward_norm(x_BLD) if pre else x_BLD
@@ -72,4 +76,12 @@ class Block(nnx.Module):
         else:
             y_BLD = self.feed_forward(inputs, feed_forward_key)
         x_BLD = x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)
-        return x_BLD, Reports(feed_forward=stats), cache
+        return x_BLD, Reports(feed_forward=stats, attention=attention_stats), cache
+
+
+def _attention(key: jax.Array, config: ModelConfig, rules: Rules) -> Attention | ExpertAttention:
+    shape = config.attention_shape
+    if config.attention is not None:
+        return config.attention.build(key, shape, rules)
+    heads = (shape.num_heads, shape.kv_heads, shape.head_dim)
+    return Attention(key, shape.d_model, heads, rules, shape.rope_base, shape.dropout_rate)

@@ -7,6 +7,7 @@ import math
 from typing import Literal, NamedTuple
 
 from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.moe.attention import ATTENTIONS, AttentionExperts, AttentionShape
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.nn.mlp import Activation
 
@@ -53,7 +54,8 @@ class ModelConfig(Config):
     norm_position: `pre` normalises the input of a sublayer, `post` the sum after it. dtype: of activations and matrix
     products; parameters, norms, softmax, router and loss are float32. scan_layers: compile one layer and loop over it.
     remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), or `dots` (all but the
-    results of matrix products). moe: None is a dense model. depth: None sends every token through every layer.
+    results of matrix products). moe: None is a dense model. attention: experts in the attention of every layer, see
+    `sparse_lm.moe.attention`; None is one attention for all tokens. depth: None sends every token through every layer.
     """
 
     vocab_size: int | None = option(None, ge=2)
@@ -75,6 +77,7 @@ class ModelConfig(Config):
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     moe: MoEConfig | None = None
+    attention: AttentionExperts | None = option(None, variants=ATTENTIONS)
     depth: DepthConfig | None = None
 
     def check(self) -> None:
@@ -96,11 +99,20 @@ class ModelConfig(Config):
         if self.moe is not None and self.d_expert < 1:
             raise ConfigError("moe.top_k", self.moe.top_k, f"is more than d_ff={self.d_ff}; set moe.d_expert")
 
+        if self.attention is not None:
+            self.attention.check_shape(self.attention_shape)
         self._check_depth()
 
     def _check_depth(self) -> None:
         if self.depth is None:
             return
+        if self.attention is not None:
+            raise ConfigError(
+                "attention.kind",
+                self.attention.kind,
+                "has balance losses over all tokens of a row, of which a wrapped block sees some; use attention=None "
+                "or depth=None",
+            )
         if self.depth.every > self.num_layers:
             raise ConfigError(
                 "depth.every", self.depth.every, f"wraps no layer of {self.num_layers}; depth=None wraps none"
@@ -113,6 +125,12 @@ class ModelConfig(Config):
                 "a wrapped sparse layer routes the chosen tokens of each row as one group; leave it at None, or choose "
                 "moe.every, moe.first_dense and depth.every so that no sparse layer is wrapped",
             )
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """The heads of every layer."""
+        rope_base = self.rope_base if self.position == "rope" else None
+        return AttentionShape(self.d_model, self.num_heads, self.kv_heads, self.width, rope_base, self.dropout)
 
     @property
     def kv_heads(self) -> int:

@@ -34,10 +34,12 @@ class DepthStats:
 class Reports:
     """One layer's reports, or those of a model, each kind stacked over the layers that make it; None where none does.
 
-    feed_forward: of sparse feed-forward layers. depth: of blocks that tokens may skip.
+    feed_forward: of sparse feed-forward layers. attention: of layers whose attention has experts, which are all or
+    none. depth: of blocks that tokens may skip.
     """
 
     feed_forward: LayerStats | None = None
+    attention: LayerStats | None = None
     depth: DepthStats | None = None
 
 

@@ -20,7 +20,7 @@ from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.depth import Depth, DepthCache
 from sparse_lm.models.reports import Reports, concatenate, flatten, stack
 from sparse_lm.moe.layer import MoE
-from sparse_lm.moe.types import RouterStats
+from sparse_lm.moe.types import LayerStats, RouterStats
 from sparse_lm.nn.attention import KeyValues
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.sharding import Rules
@@ -120,6 +120,18 @@ class Stack(nnx.Module):
                 assert isinstance(layer, MoE)
                 own = jax.tree.map(lambda leaf, n=number: leaf[start + n : stop : len(places)], stats)  # noqa: B023
                 layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, own)
+            start = stop
+        return new
+
+    def with_updated_attention(self, stats: LayerStats) -> Self:
+        """The same for the routers of attention experts, which every layer has."""
+        new = jax.tree.map(lambda leaf: leaf, self)
+        start = 0
+        for unit, (repeats, pattern) in zip(new.units, self.plan, strict=True):
+            stop = start + repeats * len(pattern)
+            for place, block in enumerate(unit.blocks):
+                own = jax.tree.map(lambda leaf, n=place: leaf[start + n : stop : len(pattern)], stats)  # noqa: B023
+                block.attention = jax.vmap(lambda layer, stats: layer.with_updated_router(stats))(block.attention, own)
             start = stop
         return new
 

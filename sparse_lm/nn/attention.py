@@ -91,12 +91,21 @@ class Attention(nnx.Module):
             stored = cache[0].write(key_BTJI, value_BTJI, cache[1])
             key_BTJI, value_BTJI = stored.key_BTJI.astype(dtype), stored.value_BTJI.astype(dtype)
         weights_key, out_key = split_keys(key, 2)
-        mixed_BLHI = _attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rules, self.dropout_rate, weights_key)
+        mixed_BLHI = attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rules, self.dropout_rate, weights_key)
         y_BLD = rules.einsum("BLHI,HID->BLD", mixed_BLHI, rules.gather(self.out_HID[...], "HID", dtype))
         return dropout(y_BLD, self.dropout_rate, out_key), stored
 
 
-def _attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rules, rate, dropout_key):
+def attend(
+    query_BLHI: Float[Array, "B L H I"],
+    key_BTJI: Float[Array, "B T J I"],
+    value_BTJI: Float[Array, "B T J I"],
+    mask_BLT: Bool[Array, "B L T"],
+    rules: Rules,
+    rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B L H I"]:
+    """Softmax attention of H heads over J: head h looks at key/value head h // (H / J). rate: of dropout of weights."""
     batch, length, num_heads, width = query_BLHI.shape
     num_kv_heads = key_BTJI.shape[2]
     # The layout is named, since jax cannot know which of the two axes of H the cut goes to.

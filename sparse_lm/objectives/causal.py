@@ -22,13 +22,24 @@ class Totals:
     """What sums are divided by, and loads of the whole batch: known before the first microbatch's gradient.
 
     targets: predicted tokens. tokens: real tokens. load_NE: see `moe.balance.load_balance`, or None. routed_N: tokens
-    that each sparse layer routes, where tokens may skip layers; None is what the statistics say.
+    that each sparse layer routes, where tokens may skip layers; None is what the statistics say. attention_NE: as
+    load_NE, of attention experts.
     """
 
     targets: Scalar
     tokens: Scalar
     load_NE: Int[Array, "N E"] | None = None
     routed_N: Float[Array, "N"] | None = None
+    attention_NE: Int[Array, "N E"] | None = None
+
+
+@pytree_dataclass
+class RoutingParts:
+    """What attention experts add: the losses of every layer, unweighted, and the statistics, summed over units."""
+
+    load_balance_N: Float[Array, "N"]
+    z_N: Float[Array, "N"]
+    stats: LayerStats
 
 
 @pytree_dataclass
@@ -38,6 +49,7 @@ class LossParts:
     loss: cross-entropy in nats per target. load_balance_N, z_N: per sparse layer, unweighted (size 0 when dense).
     domain_loss, domain_targets: summed nats and number of targets per domain of the data.
     stats: routing statistics, summed over units; None in a dense model. depth: None where no token skips a layer.
+    attention: None where attention has no experts.
     """
 
     loss: Scalar
@@ -47,6 +59,7 @@ class LossParts:
     domain_targets: Float[Array, "domains"]
     stats: LayerStats | None
     depth: DepthStats | None = None
+    attention: RoutingParts | None = None
 
 
 def count(batch: Batch) -> Totals:
@@ -77,12 +90,15 @@ def causal_loss(
     balance: BalanceConfig | None,
     num_domains: int,
     depth_weight: float = 0.0,
+    attention_balance: BalanceConfig | None = None,
 ) -> tuple[Scalar, LossParts]:
     """This microbatch's share of the loss of the batch, and its parts.
 
-    apply: (tokens, segments, positions, key) -> (logits, reports). balance: None in a dense model.
+    apply: (tokens, segments, positions, key) -> (logits, reports). balance: None in a dense model. attention_balance:
+    None where attention has no experts.
     The loss is cross-entropy + sum over sparse layers of (balance.load * load balance + balance.z * z + the router's
-    own penalty) + depth_weight * sum over wrapped layers of the predictor's cross-entropy per token.
+    own penalty) + depth_weight * sum over wrapped layers of the predictor's cross-entropy per token;
+    attention experts add theirs with the weights of attention_balance.
     """
     logits_BLV, reports = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
     weight_BL = predicted(batch).astype(jnp.float32)
@@ -94,18 +110,13 @@ def causal_loss(
     if depth is not None:
         total = total + depth_weight * jnp.sum(depth.loss) / jnp.maximum(totals.tokens, 1)
     if stats is not None and balance is not None:
-        router = stats.router
-        tokens = totals.tokens if depth is None else _routed(router, totals)
-        if balance.scope == "global":
-            load_NE = jnp.sum(router.load_UE, axis=1) if totals.load_NE is None else totals.load_NE
-            balance_N = load_balance(router, tokens, load_NE)
-        else:
-            balance_N = load_balance(router, tokens)
-        z_N = z_loss(router, tokens)
-        penalty = jnp.sum(jnp.sum(router.penalty_U, axis=1) / jnp.maximum(tokens, 1))
-        total = loss + balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N) + penalty
-        summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
-        stats = LayerStats(type(router)(**summed), stats.dispatch)
+        tokens = totals.tokens if depth is None else _routed(stats.router, totals)
+        added, routing = _routing_losses(stats, balance, tokens, totals.load_NE)
+        total, balance_N, z_N, stats = total + added, routing.load_balance_N, routing.z_N, routing.stats
+    attention = None
+    if reports.attention is not None and attention_balance is not None:
+        added, attention = _routing_losses(reports.attention, attention_balance, totals.tokens, totals.attention_NE)
+        total = total + added
     parts = LossParts(
         loss=loss,
         load_balance_N=balance_N,
@@ -114,8 +125,25 @@ def causal_loss(
         domain_targets=jnp.sum(weight_BL[..., None] * in_domain, axis=(0, 1)),
         stats=stats,
         depth=depth,
+        attention=attention,
     )
     return total, parts
+
+
+def _routing_losses(
+    stats: LayerStats, balance: BalanceConfig, tokens: jax.Array, whole_NE: jax.Array | None
+) -> tuple[Scalar, RoutingParts]:
+    """The weighted sum of the router losses over layers, and what it is made of. tokens: of the whole batch, or [N]."""
+    router = stats.router
+    if balance.scope == "global":
+        balance_N = load_balance(router, tokens, jnp.sum(router.load_UE, axis=1) if whole_NE is None else whole_NE)
+    else:
+        balance_N = load_balance(router, tokens)
+    z_N = z_loss(router, tokens)
+    penalty = jnp.sum(jnp.sum(router.penalty_U, axis=1) / jnp.maximum(tokens, 1))
+    summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
+    parts = RoutingParts(balance_N, z_N, LayerStats(type(router)(**summed), stats.dispatch))
+    return balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N) + penalty, parts
 
 
 def _routed(router: RouterStats, totals: Totals) -> jax.Array:

@@ -49,15 +49,15 @@ def loss_and_gradients(
     them, without gradients. (A running count would be cheaper and would make the loss depend on the cut.)
     """
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    moe, depth = model.config.moe, model.config.depth
-    balance = moe.losses if moe else None
+    moe, depth, attention = model.config.moe, model.config.depth, model.config.attention
+    balance, attention_balance = (part.losses if part else None for part in (moe, attention))
     totals = count(batch)
     if depth is not None:
         totals = dataclasses.replace(totals, routed_N=routed_tokens(model.config, batch.segments_BL[:, :-1] > 0))
 
     def loss(parameters, batch, key, totals):
-        apply = nnx.merge(graph, parameters, rest)
-        return causal_loss(apply, batch, key, totals, balance, num_domains, depth.weight if depth else 0.0)
+        apply, weight = nnx.merge(graph, parameters, rest), depth.weight if depth else 0.0
+        return causal_loss(apply, batch, key, totals, balance, num_domains, weight, attention_balance)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if number == 1:
@@ -66,19 +66,24 @@ def loss_and_gradients(
     length = batch.tokens_BL.shape[1] - 1
     together = rows_together(moe, length) if moe else 1
     inputs = (microbatches(batch, number, model.rules, together), jax.random.split(key, number))
-    if balance is not None and balance.scope == "global" and balance.load > 0:
-        totals = dataclasses.replace(totals, load_NE=_loads(loss, parameters, inputs, totals))
+    if any(b is not None and b.scope == "global" and b.load > 0 for b in (balance, attention_balance)):
+        load_NE, attention_NE = _loads(loss, parameters, inputs, totals)
+        totals = dataclasses.replace(totals, load_NE=load_NE, attention_NE=attention_NE)
     return _summed(lambda batch, key: value_and_grad(parameters, batch, key, totals), inputs)
 
 
-def _loads(loss: Callable, parameters: Any, inputs: Any, totals: Totals) -> jax.Array:
-    """Assignments per layer and expert of the whole batch. What this pass computes beyond routing is not used."""
+def _loads(loss: Callable, parameters: Any, inputs: Any, totals: Totals) -> tuple[jax.Array | None, jax.Array | None]:
+    """Assignments per layer and expert of the whole batch, of feed-forward and of attention experts; None without any.
+
+    What this pass computes beyond routing is not used.
+    """
 
     def body(_, inputs):
-        stats = loss(parameters, *inputs, totals)[1].stats
-        return None, jnp.sum(stats.router.load_UE, axis=1)
+        parts = loss(parameters, *inputs, totals)[1]
+        groups = (parts.stats, parts.attention.stats if parts.attention else None)
+        return None, tuple(None if stats is None else jnp.sum(stats.router.load_UE, axis=1) for stats in groups)
 
-    return jnp.sum(jax.lax.scan(body, None, inputs)[1], axis=0)
+    return jax.tree.map(lambda load: jnp.sum(load, axis=0), jax.lax.scan(body, None, inputs)[1])
 
 
 def _summed(function: Callable, inputs: Any) -> tuple[jax.Array, LossParts, Any]:

@@ -58,6 +58,8 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
         model = nnx.merge(graph, updated, rest)
         if parts.stats is not None:
             model.stack = model.stack.with_updated_routers(parts.stats.router)
+        if parts.attention is not None:
+            model.stack = model.stack.with_updated_attention(parts.attention.stats)
         model = jax.tree.map(keep, rules.shard_parameters(model), state.model)
         optimizer_state = jax.tree.map(keep, rules.shard_parameters(optimizer_state), state.optimizer)
         skipped = 1 - finite.astype(jnp.int32)

@@ -1,0 +1,153 @@
+"""What an attention with experts is: projections chosen per token, around the ordinary attention of `sparse_lm.nn`.
+
+Projections are computed for every expert and chosen by one-hot gates: exact, nothing is ever dropped, no token depends
+on others of its batch, and no weight is copied per token. It costs E / k times the products of the chosen projections.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparse_lm.config import Config
+from sparse_lm.moe.config import BalanceConfig
+from sparse_lm.moe.stats import dispatch_stats, router_stats
+from sparse_lm.moe.types import LayerStats, Scores, TokenChoice, pytree_dataclass
+from sparse_lm.nn.attention import KeyValues, attend
+from sparse_lm.nn.position import rotary
+from sparse_lm.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What a layer's attention is built from.
+
+    num_heads: query heads of a token. kv_heads: heads of keys and values. head_dim: width of each. rope_base: None is
+    no rotation. dropout_rate: of the attention weights and of the result.
+    """
+
+    d_model: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    rope_base: float | None = None
+    dropout_rate: float = 0.0
+
+
+@pytree_dataclass
+class AttentionInputs:
+    """What an attention sees beside the activations: see `nn.attention.Attention`.
+
+    real_BL: False is padding, which gets no expert. ids_BL: token ids, for routers that look at them; previous_BL: the
+    id before in the same document, -1 where there is none; None is -1 everywhere.
+    """
+
+    positions_BL: Int[Array, "B L"]
+    mask_BLT: Bool[Array, "B L T"]
+    real_BL: Bool[Array, "B L"]
+    ids_BL: Int[Array, "B L"]
+    previous_BL: Int[Array, "B L"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCost:
+    """Parameters of one layer. total: stored. active: those that a token uses. multiplied: in its matrix products.
+
+    router: how many of the active ones belong to routers.
+    """
+
+    total: int
+    active: int
+    multiplied: int
+    router: int
+
+
+class ExpertAttention(nnx.Module, abc.ABC):
+    """Drop-in for `nn.attention.Attention`, with statistics of its routing beside."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        inputs: AttentionInputs,
+        key: jax.Array | None = None,
+        cache: tuple[KeyValues, jax.Array] | None = None,
+    ) -> tuple[Float[Array, "B L D"], KeyValues | None, LayerStats]:
+        """The result, the cache with `x` in it, and the statistics. key: None is evaluation."""
+
+    def with_updated_router(self, stats: LayerStats) -> ExpertAttention:
+        """The layer after a step whose whole batch had these statistics (U = 1); itself, unless a router has a state.
+
+        May be mapped over stacked layers.
+        """
+        return self
+
+
+class AttentionExperts(Config, abc.ABC):
+    """Base of the options of an attention with experts; a subclass is a frozen dataclass with an attribute `kind`."""
+
+    kind: str
+    num_experts: int
+    top_k: int
+    balance: BalanceConfig
+
+    @abc.abstractmethod
+    def build(self, key: jax.Array, shape: AttentionShape, rules: Rules) -> ExpertAttention:
+        """The attention of one layer with fresh weights."""
+
+    @abc.abstractmethod
+    def cost(self, shape: AttentionShape) -> AttentionCost:
+        """Parameters of one layer, its routers included."""
+
+    def check_shape(self, shape: AttentionShape) -> None:
+        """Raises `ConfigError` (keys as in the model's configuration) where the heads do not fit the experts."""
+
+    @property
+    def losses(self) -> BalanceConfig:
+        """The weights of the router losses; all 0 where no gradient reaches the router."""
+        return self.balance
+
+
+def attention_stats(decision: TokenChoice, scores: Scores, real_BL: Bool[Array, "B L"], rules: Rules) -> LayerStats:
+    """Statistics of a layer in which every row is a group and nothing is dropped."""
+    return LayerStats(
+        router_stats(decision, scores, real_BL, real_BL.shape[1], rules),
+        dispatch_stats(decision, decision.expert_GSK >= 0, real_BL),
+    )
+
+
+def rotate_and_attend(
+    shape: AttentionShape,
+    rules: Rules,
+    projected: tuple[jax.Array, jax.Array, jax.Array],
+    inputs: AttentionInputs,
+    key: jax.Array | None,
+    cache: tuple[KeyValues, jax.Array] | None,
+) -> tuple[Float[Array, "B L H I"], KeyValues | None]:
+    """What the heads see, and the cache with this pass in it. projected: queries, keys and values before rotation."""
+    query_BLHI, key_BTJI, value_BTJI = projected
+    dtype = query_BLHI.dtype
+    if shape.rope_base is not None:
+        query_BLHI = rotary(query_BLHI, inputs.positions_BL, shape.rope_base)
+        key_BTJI = rotary(key_BTJI, inputs.positions_BL, shape.rope_base)
+    stored = None
+    if cache is not None:
+        stored = cache[0].write(key_BTJI, value_BTJI, cache[1])
+        key_BTJI, value_BTJI = stored.key_BTJI.astype(dtype), stored.value_BTJI.astype(dtype)
+    return attend(query_BLHI, key_BTJI, value_BTJI, inputs.mask_BLT, rules, shape.dropout_rate, key), stored
+
+
+def whole_experts(rules: Rules, weight: jax.Array, letters: str, dtype) -> jax.Array:
+    """A stored projection with all experts on every device, cast first; the cut along heads stays."""
+    assert letters[0] == "E"
+    return rules.constrain(weight.astype(dtype), letters)
+
+
+def merge(weight: jax.Array, product: jax.Array, subscripts: str, rules: Rules) -> jax.Array:
+    """An einsum of float32 gates with activations, summed in float32, in the dtype of the activations."""
+    return rules.einsum(subscripts, weight, product.astype(jnp.float32)).astype(product.dtype)
