@@ -22,6 +22,7 @@ from sparse_lm.moe.routers.prototype import Prototype
 from sparse_lm.moe.routers.relu import Relu
 from sparse_lm.moe.routers.sigmoid import Sigmoid
 from sparse_lm.moe.routers.sinkhorn import Sinkhorn
+from sparse_lm.moe.routers.sparse_mixer import SparseMixer
 from sparse_lm.moe.routers.top_k import TopK
 
 
@@ -104,6 +105,8 @@ ROUTER_CASES: dict[str, Case] = {
     "base": Case(moe(1, Base(gain=2.0)), drops=False),
     "base_wide": Case(moe(1, Base(gain=2.0), "group", group_size=16, capacity_factor=0.5)),
     "base_evaluation": Case(moe(1, Base(gain=2.0)), training=False),
+    "sparse_mixer": Case(moe(2, SparseMixer(0.2, ROUTER_SCALE)), training=False),
+    "sparse_mixer_top1": Case(moe(1, SparseMixer(0.4, ROUTER_SCALE), "group", priority="token"), training=False),
     "deepseek_v3": Case(
         moe(3, Sigmoid(init_scale=ROUTER_SCALE, num_groups=4, groups_kept=2), "sequence", num_shared=1),
         state=(("bias_E", BIAS),),

@@ -22,6 +22,7 @@ import oracle_noise
 import oracle_prototype
 import oracle_relu
 import oracle_sigmoid
+import oracle_sparse_mixer
 import oracle_top_k
 from oracle_choice import Choice, Group, RouterOracle
 
@@ -38,6 +39,7 @@ ROUTERS: dict[str, RouterOracle] = {
     "expert_choice": oracle_balanced.EXPERT_CHOICE,
     "sinkhorn": oracle_balanced.SINKHORN,
     "base": oracle_balanced.BASE,
+    "sparse_mixer": oracle_sparse_mixer.ORACLE,
 }
 
 LOAD_WEIGHT, Z_WEIGHT = 10.0, 3.0  # large, so that a wrong router loss shows beside the sum of squares

@@ -16,6 +16,7 @@ from harness import deviation
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.routers.fixed_noise import FixedNoise
 from sparse_lm.moe.routers.noisy_top_k import NoisyTopK
+from sparse_lm.moe.routers.sparse_mixer import SparseMixer
 
 TOLERANCE = 1e-5
 
@@ -24,6 +25,7 @@ NOISY: dict[str, MoEConfig] = {
         2, NoisyTopK(importance=1.0, load=1.0, init_scale=1.0), priority="random", allow_non_causal=True
     ),
     "fixed_noise": cases.moe(2, FixedNoise(importance=1.0, load=1.0), priority="batch", allow_non_causal=True),
+    "sparse_mixer": cases.moe(2, SparseMixer(jitter=0.3), priority="token"),
 }
 RANDOM = cases.moe(2, {"renormalise": "after_drop"}, priority="random", allow_non_causal=True)
 
