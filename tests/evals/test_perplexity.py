@@ -13,6 +13,7 @@ import tiny
 from sparse_lm.data.loader import build_dataset, validation_batches
 from sparse_lm.evals.perplexity import Evaluation, make_evaluate
 from sparse_lm.experiment import resolved
+from sparse_lm.models.config import DepthConfig
 from sparse_lm.models.decoder import build_decoder
 from sparse_lm.sharding import DEFAULT, put
 
@@ -80,6 +81,16 @@ def test_a_dense_model_has_no_routing():
     found = EVALUATE(model(model__moe=None), BATCHES)
     assert (found.dropped_fraction, found.max_violation) == (None, None)
     assert math.isfinite(found.loss)
+
+
+def test_layers_that_tokens_skip_are_counted_over_all_batches():
+    depth = DepthConfig(capacity=0.25, every=1, allow_non_causal=True)
+    found = EVALUATE(model(model__depth=depth), BATCHES)
+    assert found.depth is not None
+    real = sum(int((batch.segments_BL[:, :-1] > 0).sum()) for batch in BATCHES)
+    np.testing.assert_array_equal(found.depth.processed + found.depth.skipped, [real, real])
+    assert np.all((found.depth.agreed > 0) & (found.depth.agreed < real))
+    assert EVALUATE(SPARSE, BATCHES).depth is None
 
 
 def test_a_mesh_changes_nothing(mesh_of):

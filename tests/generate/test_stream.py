@@ -12,7 +12,7 @@ import pytest
 from sparse_lm.config import ConfigError
 from sparse_lm.generate.sample import Sampling
 from sparse_lm.generate.stream import for_generation, generate
-from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.config import DepthConfig, ModelConfig
 from sparse_lm.models.decoder import Decoder, build_decoder
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
@@ -34,6 +34,11 @@ CONFIGS = {
         num_kv_heads=2,
         scan_layers=False,
         moe=dataclasses.replace(SPARSE, every=1, priority="token", num_shared=1, dispatcher="einsum"),
+    ),
+    # Every second block is skipped by the tokens of which the predictor says so: a later token must not see these.
+    "depth": BASE.replace(num_layers=4, depth=DepthConfig()),
+    "depth_moe": BASE.replace(
+        moe=dataclasses.replace(SPARSE, every=1, group_size=None), depth=DepthConfig(every=1, predictor="mlp")
     ),
 }
 PROMPTS = [np.array([3, 1, 4, 1, 5, 9, 2]), np.array([6]), np.array([22, 0, 8]), np.array([7] * 18)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.models.block import Context
-from sparse_lm.models.config import LayerKind, ModelConfig
+from sparse_lm.models.config import DepthConfig, LayerKind, ModelConfig
 from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Stack, segments
 from sparse_lm.moe.config import MoEConfig
@@ -35,6 +35,37 @@ F, T = False, True
 )
 def test_segments_by_hand(sparse, every, expected):
     assert segments(sparse, every) == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "period", "expected"),
+    [
+        ("dwdwd", 2, [(2, "dw"), (1, "d")]),
+        ("ddwdsw", 2, [(2, "d"), (1, "w"), (1, "d"), (1, "sw")]),
+        ("dwsdwsdw", 3, [(2, "dws"), (1, "d"), (1, "w")]),
+        ("dssxssx", 3, [(1, "d"), (2, "ssx")]),
+    ],
+)
+def test_segments_of_any_kinds(layers, period, expected):
+    found = [(repeats, "".join(pattern)) for repeats, pattern in segments(tuple(layers), period)]
+    assert "".join(pattern * repeats for repeats, pattern in found) == layers
+    assert found == expected
+
+
+@hypothesis.given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 4))
+def test_layers_that_are_sparse_and_layers_that_tokens_skip(num_layers, moe_every, depth_every, first_dense):
+    hypothesis.assume(first_dense + moe_every <= num_layers and depth_every <= num_layers)
+    model = ModelConfig(
+        num_layers=num_layers,
+        moe=MoEConfig(every=moe_every, first_dense=first_dense),
+        depth=DepthConfig(every=depth_every),
+    )
+    plan = segments(model.layers, model.period)
+    laid = sum((pattern * repeats for repeats, pattern in plan), ())
+    assert [kind.sparse for kind in laid] == list(model.sparse)
+    assert [i for i, kind in enumerate(laid, 1) if kind.wrapped] == list(
+        range(depth_every, num_layers + 1, depth_every)
+    )
 
 
 @hypothesis.given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 8))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from sparse_lm.evals.perplexity import Evaluation
+from sparse_lm.models.reports import DepthStats
 from sparse_lm.moe.types import HISTOGRAM_BINS, POSITION_BINS, DispatchStats, LayerStats, RouterStats
 from sparse_lm.objectives.causal import LossParts
-from sparse_lm.train.rows import gini, layer_arrays, train_row, validation_row
+from sparse_lm.train.rows import depth_row, gini, layer_arrays, train_row, validation_row
 from sparse_lm.train.step import StepMetrics
 
 ROUTING = {
@@ -113,6 +116,31 @@ def test_the_layers_come_on_request():
     assert layers["entropy"] == [0.5, 0.7]
     assert layers["gate_histogram"][0] == [0, 0, 0, 10] + [0] * 16
     assert layers["dropped_by_position"] == [0.0] * 15 + [round(9 / 24, 5)]
+
+
+def depth_stats() -> DepthStats:
+    """Two wrapped layers, which 5 and 3 of 20 real tokens pass."""
+    return DepthStats(
+        host([5, 3]), host([15, 17]), host([4, 4]), chosen=host([5, 5]), agreed=host([14, 18]), loss=host([8.0, 2.0])
+    )
+
+
+def test_what_skips_layers_is_in_the_row_of_a_dense_model_and_of_an_evaluation():
+    step = metrics(None)
+    step = dataclasses.replace(step, parts=dataclasses.replace(step.parts, depth=depth_stats()))
+    row = train_row(7, step, layers=False)
+    expected = {
+        "depth_processed": pytest.approx(8 / 40),
+        "depth_accuracy": pytest.approx(32 / 40),
+        "depth_loss": pytest.approx(10 / 40),
+        "depth_processed_by_layer": [0.25, 0.15],
+    }
+    assert row.keys() == BASE | expected.keys()
+    assert {key: row[key] for key in expected} == expected
+    evaluation = Evaluation(1.0, {}, 40, None, None, depth_stats())
+    assert validation_row(7, evaluation, None, None).items() >= expected.items()
+    zero = jax.tree.map(np.zeros_like, depth_stats())
+    assert depth_row(zero)["depth_processed"] == 0 and depth_row(zero)["depth_processed_by_layer"] == [0, 0]
 
 
 def test_layers_without_a_token_are_zeros_not_errors():
