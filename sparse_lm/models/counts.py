@@ -125,18 +125,17 @@ def count(config: ModelConfig) -> Counts:
     table = config.vocab_size * width
     tied = config.tie_embeddings
     positions = (config.max_length or 0) * width if config.position == "learned" else 0
-    head_axes = 2 * config.num_heads + 2 * config.kv_heads  # query and out, key and value
     num_norms = 2 * layers + (config.norm_position == "pre")
     norms = num_norms * width * (2 if config.norm == "layernorm" else 1)
     counts = Counts(
         embedding=Part(table, table, 0),
         positions=Part(positions, positions, 0),
-        attention=_matrices(layers * width * config.width * head_axes),
+        attention=_attention(config),
         norms=Part(norms, norms, 0),
         dense=_matrices((layers - num_sparse) * _feed_forward(config, config.d_ff)),
         router=_router(config),
         experts=_experts(config),
-        shared=_matrices(num_sparse * _feed_forward(config, _shared_width(config))),
+        shared=_shared(config),
         depth=_depth(config),
         unembedding=Part(0, 0, table) if tied else _matrices(table),
         score_width=layers * config.num_heads * config.width,
@@ -178,7 +177,8 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense model whose feed-forward layers cost each token as many FLOPs, and active parameters, as `config`'s.
 
     Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert. The router is
-    extra in the sparse model and has no counterpart. Where tokens skip layers, the twin has as many layers as a token
+    extra in the sparse model and has no counterpart. Attention experts become one attention with as many
+    heads as a token has. Where tokens skip layers, the twin has as many layers as a token
     passes on average, rounded, and the hidden width that gives its products with weights the same FLOPs.
 
     Raises `ConfigError` when the model is dense already, and when
@@ -186,6 +186,10 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     """
     if config.depth is not None:
         return _depth_twin(config)
+    if config.attention is not None:
+        config = _without_attention_experts(config)
+        if config.moe is None:
+            return config
     if config.moe is None:
         raise ConfigError("model.moe", None, "the model is dense: it is its own twin")
     width = config.moe.top_k * config.d_expert + _shared_width(config)
@@ -197,6 +201,21 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
             f"dense model has the FLOPs of both; choose them equal, for example d_ff={width}, or every=1",
         )
     return config.replace(moe=None, d_ff=width)
+
+
+def _without_attention_experts(config: ModelConfig) -> ModelConfig:
+    """The same with one attention for all tokens, of as many active parameters but for the router's."""
+    assert config.attention is not None
+    twin = config.replace(attention=None)
+    cost = config.attention.cost(config.attention_shape)
+    if config.num_layers * (cost.active - cost.router) != _attention(twin).active:
+        raise ConfigError(
+            "model.attention.top_k",
+            config.attention.top_k,
+            f"gives a head of {config.attention.kind} more than one value and output projection per token, which no "
+            "dense attention of the same heads has; with top_k=1 there is a twin",
+        )
+    return twin
 
 
 def _depth_twin(config: ModelConfig) -> ModelConfig:
@@ -246,6 +265,16 @@ def _depth(config: ModelConfig) -> Part:
     return Part(multiplied + wrapped * hidden, multiplied + wrapped * hidden, multiplied)
 
 
+def _attention(config: ModelConfig) -> Part:
+    """Projections, and the routers of attention experts."""
+    shape = config.attention_shape
+    if config.attention is not None:
+        cost = config.attention.cost(shape)
+        return Part(*(config.num_layers * size for size in (cost.total, cost.active, cost.multiplied)))
+    head_axes = 2 * shape.num_heads + 2 * shape.kv_heads  # query and out, key and value
+    return _matrices(config.num_layers * shape.d_model * shape.head_dim * head_axes)
+
+
 def _matrices(size: int) -> Part:
     return Part(size, size, size)
 
@@ -255,15 +284,26 @@ def _feed_forward(config: ModelConfig, hidden: int) -> int:
 
 
 def _shared_width(config: ModelConfig) -> int:
-    return 0 if config.moe is None else config.moe.num_shared * config.d_expert
+    return 0 if config.moe is None else config.moe.shared_width(config.d_expert)
+
+
+def _shared(config: ModelConfig) -> Part:
+    """Experts that see every token, and the weights of their gate."""
+    if config.moe is None or not config.moe.num_shared:
+        return Part(0, 0, 0)
+    gate = {"none": 0, "sigmoid": 1, "mix": 2}[config.moe.shared_gate] * config.d_model
+    return _matrices(sum(config.sparse) * (_feed_forward(config, _shared_width(config)) + gate))
 
 
 def _experts(config: ModelConfig) -> Part:
     if config.moe is None:
         return Part(0, 0, 0)
-    one = sum(config.sparse) * _feed_forward(config, config.d_expert)
-    active = config.moe.top_k * one
-    return Part(config.moe.num_experts * one, active, active)
+    layers, top_k = sum(config.sparse), config.moe.top_k
+    matrices = layers * _feed_forward(config, config.d_expert)
+    gated = config.activation in GATED
+    biases = layers * ((1 + gated) * config.d_expert + config.d_model) if config.moe.expert_bias else 0
+    one = matrices + biases
+    return Part(config.moe.num_experts * one, top_k * one, top_k * matrices)
 
 
 def _router(config: ModelConfig) -> Part:

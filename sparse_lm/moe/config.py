@@ -8,6 +8,7 @@ from typing import Literal
 from sparse_lm.config import Config, ConfigError, option
 from sparse_lm.moe.routers import ROUTERS, RouterConfig, RouterShape
 from sparse_lm.moe.routers.top_k import TopK
+from sparse_lm.moe.shared import SharedGate
 from sparse_lm.moe.slots import Priority
 
 
@@ -32,7 +33,9 @@ class MoEConfig(Config):
     num_experts, top_k: routed experts, and how many of them see a token.
     d_expert: hidden width of an expert; None is d_ff / top_k (rounded down), so that routed FLOPs equal the dense
         layer's.
-    num_shared: experts of the same width that see every token, beside the routed ones.
+    num_shared: experts that see every token, beside the routed ones. d_shared: hidden width of each; None is
+        d_expert. One of d_ff is a dense residual (OpenMoE, PR-MoE). shared_gate: see `moe.shared`.
+    expert_bias: whether the routed experts' products have biases (gpt-oss).
     every, first_dense: after `first_dense` dense layers, each `every`-th layer is sparse.
     group_size: tokens that compete for the same slots; None is one sequence. It divides the length, or is a multiple
         of it; results never depend on the mesh.
@@ -54,6 +57,9 @@ class MoEConfig(Config):
     top_k: int = option(1, ge=1)
     d_expert: int | None = option(None, ge=1)
     num_shared: int = option(0, ge=0)
+    d_shared: int | None = option(None, ge=1)
+    shared_gate: SharedGate = "none"
+    expert_bias: bool = False
     every: int = option(2, ge=1)
     first_dense: int = option(0, ge=0)
     router: RouterConfig = option(TopK(), variants=ROUTERS)
@@ -72,6 +78,9 @@ class MoEConfig(Config):
         """Raises `ConfigError` when fields contradict each other."""
         if self.top_k > self.num_experts:
             raise ConfigError("top_k", self.top_k, f"must be at most num_experts={self.num_experts}")
+        for name, unused in (("d_shared", None), ("shared_gate", "none")):
+            if not self.num_shared and getattr(self, name) != unused:
+                raise ConfigError(name, getattr(self, name), "there are no shared experts; set num_shared, or leave it")
         if self.grouping == "position" and self.group_size is None:
             raise ConfigError(
                 "group_size",
@@ -91,6 +100,10 @@ class MoEConfig(Config):
             self.router.check_shape(RouterShape(1, self.num_experts, self.top_k))
         except ConfigError as error:
             raise error.under("router") from None
+
+    def shared_width(self, d_expert: int) -> int:
+        """Hidden width of all shared experts together; 0 when there are none."""
+        return self.num_shared * (self.d_shared or d_expert)
 
     @property
     def losses(self) -> BalanceConfig:

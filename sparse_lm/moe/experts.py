@@ -12,9 +12,10 @@ from sparse_lm.nn.mlp import GATED, activate
 
 
 class Experts(nnx.Module):
-    """E feed-forward layers D -> F -> D without biases, each on its own rows. Knows neither mesh nor router.
+    """E feed-forward layers D -> F -> D, each on its own rows. Knows neither mesh nor router.
 
-    dropout_rate: of the hidden values (expert dropout: Fedus et al. 2021, section 2.4).
+    dropout_rate: of the hidden values (expert dropout: Fedus et al. 2021, section 2.4). bias: whether each product has
+    a bias, which starts at 0 (gpt-oss).
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class Experts(nnx.Module):
         kind: str,
         init_scale: float = 1.0,
         dropout_rate: float = 0.0,
+        bias: bool = False,
     ):
         """sizes: (experts, model width, hidden width). kind: the activation, see `sparse_lm.nn.mlp`."""
         num_experts, d_model, d_hidden = sizes
@@ -33,6 +35,13 @@ class Experts(nnx.Module):
         gated = kind in GATED
         self.gate_EDF = nnx.Param(fan_in_normal(gate, self.up_EDF.shape, d_model, init_scale)) if gated else None
         self.down_EFD = nnx.Param(fan_in_normal(down, (num_experts, d_hidden, d_model), d_hidden, init_scale))
+
+        def zeros(width):
+            return nnx.Param(jnp.zeros((num_experts, width), jnp.float32))
+
+        self.up_bias_EF = zeros(d_hidden) if bias else None
+        self.gate_bias_EF = zeros(d_hidden) if bias and gated else None
+        self.down_bias_ED = zeros(d_model) if bias else None
 
     def __call__(
         self,
@@ -45,12 +54,24 @@ class Experts(nnx.Module):
         With a shard of F the result is a partial sum. key and ids_ER: for dropout, a number per (token, expert) that
         seeds the mask of its row, so that the mask does not depend on where the row is computed.
         """
-        up_ERF = jnp.einsum("ERD,EDF->ERF", x_ERD, self.up_EDF[...])
-        gate_ERF = None if self.gate_EDF is None else jnp.einsum("ERD,EDF->ERF", x_ERD, self.gate_EDF[...])
+        up_ERF = _plus(jnp.einsum("ERD,EDF->ERF", x_ERD, self.up_EDF[...]), self.up_bias_EF)
+        gate_ERF = None
+        if self.gate_EDF is not None:
+            gate_ERF = _plus(jnp.einsum("ERD,EDF->ERF", x_ERD, self.gate_EDF[...]), self.gate_bias_EF)
         hidden_ERF = activate(self.kind, up_ERF, gate_ERF)
         if key is not None and ids_ER is not None and self.dropout_rate > 0:
             hidden_ERF = _row_dropout(hidden_ERF, self.dropout_rate, key, ids_ER, self.d_hidden)
-        return jnp.einsum("ERF,EFD->ERD", hidden_ERF, self.down_EFD[...])
+        y_ERD = jnp.einsum("ERF,EFD->ERD", hidden_ERF, self.down_EFD[...])
+        if self.down_bias_ED is None:
+            return y_ERD
+        bias_E1D = self.down_bias_ED[...][:, None]
+        if hidden_ERF.shape[-1] < self.d_hidden:  # partial sums of shards: one of them adds the bias
+            bias_E1D = jnp.where(jax.lax.axis_index("model") == 0, bias_E1D, jnp.zeros((), bias_E1D.dtype))
+        return y_ERD + bias_E1D
+
+
+def _plus(x_ERF: jax.Array, bias_EF: nnx.Param | None) -> jax.Array:
+    return x_ERF if bias_EF is None else x_ERF + bias_EF[...][:, None]
 
 
 def _row_dropout(hidden_ERF, rate, key, ids_ER, d_hidden):

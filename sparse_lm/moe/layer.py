@@ -13,25 +13,29 @@ from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.routers import RouterShape
+from sparse_lm.moe.shared import SharedExperts
 from sparse_lm.moe.slots import SlotRule, capacity
 from sparse_lm.moe.stats import dispatch_stats, router_stats
 from sparse_lm.moe.types import LayerStats, RouterInputs
 from sparse_lm.nn.dropout import split_keys
-from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import Rules
 
 
 class MoE(nnx.Module):
-    """A drop-in for `Mlp`: D -> D, with statistics beside."""
+    """A drop-in for `sparse_lm.nn.mlp.Mlp`: D -> D, with statistics beside."""
 
     def __init__(self, key: jax.Array, d_model: int, d_expert: int, kind: str, config: MoEConfig, rules: Rules):
         router, experts, shared = jax.random.split(key, 3)
         self.config, self.rules = config, rules
         self.router = config.router.build(router, RouterShape(d_model, config.num_experts, config.top_k), rules)
         sizes = (config.num_experts, d_model, d_expert)
-        self.experts = Experts(experts, sizes, kind, config.init_scale, config.expert_dropout)
-        width = config.num_shared * d_expert
-        self.shared = Mlp(shared, d_model, width, kind, rules, config.expert_dropout) if width else None
+        self.experts = Experts(experts, sizes, kind, config.init_scale, config.expert_dropout, config.expert_bias)
+        beside = (d_model, config.shared_width(d_expert))
+        self.shared = (
+            SharedExperts(shared, beside, kind, rules, config.shared_gate, config.expert_dropout)
+            if config.num_shared
+            else None
+        )
 
     def __call__(
         self,
@@ -39,12 +43,14 @@ class MoE(nnx.Module):
         mask_BL: Bool[Array, "B L"],
         key: jax.Array | None = None,
         ids_BL: Int[Array, "B L"] | None = None,
+        previous_BL: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerStats]:
         """The experts' output and the statistics of the routing.
 
         mask_BL: False is padding, which reaches no routed expert. ids_BL: token ids, for routers that look at them;
-        None is 0 everywhere. key: None is evaluation: no noise, no dropout, the
-        capacity of evaluation. Raises `ValueError` when the tokens cannot be cut into groups.
+        None is 0 everywhere. previous_BL: the id before in the same document, -1 where there is none; None is -1
+        everywhere. key: None is evaluation: no noise, no dropout, the capacity of evaluation. Raises `ValueError` when
+        the tokens cannot be cut into groups.
         """
         config, rules = self.config, self.rules
         batch, length = mask_BL.shape
@@ -54,7 +60,8 @@ class MoE(nnx.Module):
 
         ids_GS = self._grouped(jnp.zeros_like(mask_BL, jnp.int32) if ids_BL is None else ids_BL, size)
         dispatcher = self.dispatcher(size, training=key is not None)
-        inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity)
+        previous_GS = None if previous_BL is None else self._grouped(previous_BL, size)
+        inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity, previous_GS)
         decision, scores = self.router(inputs, router_key)
         if config.priority == "random" and order_key is not None:
             order_GS = rules.constrain(jax.random.uniform(order_key, mask_GS.shape), "GS")
@@ -62,7 +69,7 @@ class MoE(nnx.Module):
         y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, decision, expert_key)
         y_BLD = self._ungrouped(y_GSD, x_BLD.shape)
         if self.shared is not None:
-            y_BLD = y_BLD + self.shared(x_BLD, shared_key)
+            y_BLD = self.shared(x_BLD, y_BLD, shared_key)
         unit = length if config.balance.scope == "sequence" else size
         stats = LayerStats(
             router_stats(decision, scores, mask_GS, unit, rules),

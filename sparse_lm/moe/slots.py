@@ -44,13 +44,15 @@ class Placement:
     """Where every assignment of a shard's groups goes.
 
     slot_GSK: index of the slot within its expert's C slots of the group; -1 is dropped or no expert.
-    gate_GSK: float32 gates, 0 where there is no slot.
+    gate_GSK: float32 weights of the experts' outputs, 0 where there is no slot.
     token_GEC: the token (0..S-1) in each slot; -1 is an empty slot.
+    scale_GSK: float32 weights of the experts' inputs, 0 where there is no slot; None is 1 for all.
     """
 
     slot_GSK: Int[Array, "G S K"]
     gate_GSK: jax.Array
     token_GEC: Int[Array, "G E C"]
+    scale_GSK: jax.Array | None = None
 
 
 def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
@@ -109,6 +111,8 @@ def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     if rule.renormalise:
         total_GS1 = jnp.sum(gate_GSK, axis=-1, keepdims=True)
         gate_GSK = gate_GSK / jnp.where(total_GS1 > 0, total_GS1, 1.0)
+    if decision.gate_on == "input":
+        return Placement(slot_GSK, (slot_GSK >= 0).astype(jnp.float32), token_GEC, gate_GSK)
     return Placement(slot_GSK, gate_GSK, token_GEC)
 
 

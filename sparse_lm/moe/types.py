@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from typing import Literal
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -24,12 +25,14 @@ class RouterInputs:
 
     x_GSD: activations. mask_GS: False is padding, which gets no expert. ids_GS: token ids. slots: how many tokens of a
     group an expert takes, for routers that fill them (the others may choose as they like; what is too much is dropped).
+    previous_GS: id of the token before in the same document, -1 where there is none; None is -1 everywhere.
     """
 
     x_GSD: Float[Array, "G S D"]
     mask_GS: Bool[Array, "G S"]
     ids_GS: Int[Array, "G S"]
     slots: int = dataclasses.field(metadata={"static": True})
+    previous_GS: Int[Array, "G S"] | None = None
 
 
 @pytree_dataclass
@@ -39,11 +42,13 @@ class TokenChoice:
     expert_GSK: the experts, first choice first; -1 is none (padding, or a choice the router declined).
     gate_GSK: the weight in the token's output, float32, before any drop; 0 where there is no expert.
     order_GS: who gets a slot first, lowest first, where the priority is `random`; None is by token. Routers leave it.
+    gate_on: whether the gate multiplies the expert's `output`, or its `input` (Llama 4).
     """
 
     expert_GSK: Int[Array, "G S K"]
     gate_GSK: Float[Array, "G S K"]
     order_GS: Float[Array, "G S"] | None = None
+    gate_on: Literal["output", "input"] = dataclasses.field(default="output", metadata={"static": True})
 
 
 @pytree_dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -12,14 +13,23 @@ from sparse_lm.nn.dropout import dropout
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.sharding import Rules
 
-Activation = Literal["relu", "gelu", "geglu", "swiglu"]
+Activation = Literal["relu", "gelu", "geglu", "swiglu", "clamped_swiglu"]
 ACTIVATIONS = get_args(Activation)
-GATED = ("geglu", "swiglu")
+GATED = ("geglu", "swiglu", "clamped_swiglu")
+CLAMP, SHARPNESS = 7.0, 1.702  # of clamped_swiglu, as in gpt-oss
 _FUNCTION = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "geglu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """The hidden values: function(up), or function(gate) * up for the gated kinds (Shazeer 2020)."""
+    """The hidden values: function(up), or function(gate) * up for the gated kinds (Shazeer 2020).
+
+    `clamped_swiglu` is gpt-oss's (arXiv 2508.10925): gate * sigmoid(1.702 gate) * (up + 1), with the gate cut off above
+    7 and up beyond +-7.
+    """
+    if kind == "clamped_swiglu":
+        assert gate is not None
+        gate = jnp.minimum(gate, CLAMP)
+        return gate * jax.nn.sigmoid(SHARPNESS * gate) * (jnp.clip(up, -CLAMP, CLAMP) + 1)
     return _FUNCTION[kind](up) if gate is None else _FUNCTION[kind](gate) * up
 
 

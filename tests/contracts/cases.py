@@ -94,6 +94,7 @@ ROUTER_CASES: dict[str, Case] = {
     "hash": Case(moe(1, Hash())),
     "hash_multi": Case(moe(3, Hash(gate="mean"), "sequence", priority="token")),
     "hash_balanced": Case(moe(2, Hash(mode="balanced", frequencies=FREQUENCIES), "group")),
+    "hash_bigram": Case(moe(2, Hash(mode="bigram"), group_size=4)),
     "expert_choice": Case(moe(2, ExpertChoice(init_scale=ROUTER_SCALE)), drops=False),
     "expert_choice_wide": Case(moe(1, ExpertChoice(init_scale=ROUTER_SCALE), "sequence", group_size=16), drops=False),
     "expert_choice_limited": Case(
@@ -111,6 +112,17 @@ ROUTER_CASES: dict[str, Case] = {
         moe(3, Sigmoid(init_scale=ROUTER_SCALE, num_groups=4, groups_kept=2), "sequence", num_shared=1),
         state=(("bias_E", BIAS),),
     ),
+    "llama4": Case(
+        moe(1, Sigmoid(init_scale=ROUTER_SCALE, renormalise="none", scale=1.0, bias_rate=0.0, gate_on="input"))
+    ),
+    "top2_input": Case(
+        moe(2, Sigmoid(init_scale=ROUTER_SCALE, scale=1.0, gate_on="input"), expert_bias=True, priority="token"), "gelu"
+    ),
+    "gpt_oss": Case(
+        moe(4, {"gate": "softmax_after", "bias": True}, "group", expert_bias=True, priority="token"), "clamped_swiglu"
+    ),
+    "qwen2": Case(moe(2, num_shared=2, shared_gate="sigmoid", d_shared=5, priority="token")),
+    "residual": Case(moe(1, num_shared=1, shared_gate="mix", d_shared=8), "gelu"),
     "deepseek_v2": Case(
         moe(2, Sigmoid("softmax", "none", 16.0, 4, 3, "max", 0.0, init_scale=ROUTER_SCALE), "sequence"), "geglu"
     ),
@@ -147,7 +159,7 @@ MESH_CASES = ("switch_shared", "top2_after_drop")  # top-1 and top-2, with and w
 KIND_CASES = {kind: name for name, case in reversed(ROUTER_CASES.items()) if (kind := case.moe.router.kind) != "top_k"}
 
 # Options of a router that compute in another way on a mesh, and so are run on it too.
-VARIANT_CASES = ("expert_choice_limited",)
+VARIANT_CASES = ("expert_choice_limited", "llama4", "gpt_oss", "qwen2", "residual")
 
 
 @functools.cache

@@ -65,10 +65,23 @@ def token_ids() -> np.ndarray:
     return (np.random.default_rng(4).integers(0, 24, (BATCH, LENGTH)) * 3 // 2).astype(np.int32)
 
 
+def previous_ids() -> np.ndarray:
+    """The id before each token, -1 where there is none: rows are documents, and padding ends one."""
+    ids_BL, (_, mask_BL) = token_ids(), inputs()
+    previous_BL = np.full_like(ids_BL, -1)
+    previous_BL[:, 1:] = np.where(mask_BL[:, 1:] & mask_BL[:, :-1], ids_BL[:, :-1], -1)
+    return previous_BL
+
+
 def build(case: cases.Case) -> MoE:
     """The layer with the same weights whatever the dispatcher, and with the state that the case asks for."""
     assert case.moe.d_expert is not None
     layer = MoE(jax.random.key(1), WIDTH, case.moe.d_expert, case.activation, case.moe, DEFAULT)
+
+    def random_bias(path, leaf):  # they start at 0, where a wrong one would not show
+        return jax.random.normal(jax.random.key(3), leaf.shape) if "bias" in jax.tree_util.keystr(path) else leaf
+
+    nnx.update(layer, jax.tree_util.tree_map_with_path(random_bias, nnx.state(layer, nnx.Param)))
     for name, value in case.state:
         variable = getattr(layer.router, name)
         assert isinstance(variable, RouterState)
@@ -91,11 +104,12 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
     with on_mesh(mesh):
         graph, parameters, rest = nnx.split(DEFAULT.shard_parameters(build(case)), nnx.Param, ...)
         x_BLD = DEFAULT.constrain(jnp.asarray(x, dtype), "BLD")
-        mask_BL, ids_BL = (DEFAULT.constrain(jnp.asarray(value), "BL") for value in (mask, token_ids()))
+        rows = (mask, token_ids(), previous_ids())
+        mask_BL, ids_BL, previous_BL = (DEFAULT.constrain(jnp.asarray(value), "BL") for value in rows)
 
         def loss(parameters, x_BLD, mask_BL, key):
             key = key if case.training else None
-            y_BLD, stats = nnx.merge(graph, parameters, rest)(x_BLD, mask_BL, key, ids_BL)
+            y_BLD, stats = nnx.merge(graph, parameters, rest)(x_BLD, mask_BL, key, ids_BL, previous_BL)
             router = jax.tree.map(lambda leaf: leaf[None], stats.router)
             tokens = jnp.sum(stats.router.tokens_U)
             whole = jnp.sum(router.load_UE, axis=1) if case.moe.balance.scope == "global" else None
@@ -129,9 +143,8 @@ def problem_of(name: str) -> oracle.Problem:
         {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), kind)).items()}
         for kind in (nnx.Param, RouterState)
     )
-    return oracle.Problem(
-        case.moe, case.activation, case.training, weights, x_BLD.astype(np.float64), mask_BL, token_ids(), state
-    )
+    rows = (x_BLD.astype(np.float64), mask_BL, token_ids(), previous_ids())
+    return oracle.Problem(case.moe, case.activation, case.training, weights, *rows, state)
 
 
 def compare(got: Outcome, name: str) -> dict[str, float]:

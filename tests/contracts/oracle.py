@@ -58,6 +58,7 @@ class Problem:
     x_BLD: np.ndarray
     mask_BL: np.ndarray
     ids_BL: np.ndarray
+    previous_BL: np.ndarray
     state: Weights = dataclasses.field(default_factory=dict)
 
     @property
@@ -69,6 +70,11 @@ class Problem:
     def after_drop(self) -> bool:
         """Whether gates are renormalised over what was kept."""
         return getattr(self.config.router, "renormalise", "none") == "after_drop"
+
+    @property
+    def on_input(self) -> bool:
+        """Whether gates multiply the experts' inputs."""
+        return getattr(self.config.router, "gate_on", "output") == "input"
 
     @property
     def group_size(self) -> int:
@@ -137,32 +143,48 @@ def hand_out_slots(expert_SK, gate_SK, num_slots: int, priority: str):
     return kept
 
 
-def hidden(kind: str, x, up, gate, xp):
-    """The hidden values of a feed-forward layer; xp is numpy or jax.numpy."""
+def activate(kind: str, up, gate, xp):
+    """The hidden values of a feed-forward layer from its products; xp is numpy or jax.numpy."""
 
     def gelu(v):
         return 0.5 * v * (1 + xp.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
     if kind == "relu":
-        return xp.maximum(x @ up, 0)
+        return xp.maximum(up, 0)
     if kind == "gelu":
-        return gelu(x @ up)
+        return gelu(up)
     if kind == "geglu":
-        return gelu(x @ gate) * (x @ up)
-    return (x @ gate) / (1 + xp.exp(-(x @ gate))) * (x @ up)
+        return gelu(gate) * up
+    if kind == "clamped_swiglu":
+        gate = xp.minimum(gate, 7.0)
+        return gate / (1 + xp.exp(-1.702 * gate)) * (xp.clip(up, -7.0, 7.0) + 1)
+    return gate / (1 + xp.exp(-gate)) * up
 
 
 def expert(weights, kind: str, index: int, x, xp):
     """Expert `index` on one token or on rows of tokens."""
-    gate = weights["gate_EDF"][index] if "gate_EDF" in weights else None
-    return hidden(kind, x, weights["up_EDF"][index], gate, xp) @ weights["down_EFD"][index]
+
+    def bias(name):
+        return weights[name][index] if name in weights else 0.0
+
+    up = x @ weights["up_EDF"][index] + bias("up_bias_EF")
+    gate = x @ weights["gate_EDF"][index] + bias("gate_bias_EF") if "gate_EDF" in weights else None
+    return activate(kind, up, gate, xp) @ weights["down_EFD"][index] + bias("down_bias_ED")
 
 
-def shared_experts(weights, kind: str, x, xp):
-    """The experts that see every token; 0 where there are none."""
+def with_shared(config: MoEConfig, weights, kind: str, x, routed, xp):
+    """The routed experts' output and that of the experts that see every token, for one token or rows of them."""
     if "up_DF" not in weights:
-        return 0.0
-    return hidden(kind, x, weights["up_DF"], weights.get("gate_DF"), xp) @ weights["down_FD"]
+        return routed
+    gate = x @ weights["gate_DF"] if "gate_DF" in weights else None
+    shared = activate(kind, x @ weights["up_DF"], gate, xp) @ weights["down_FD"]
+    if config.shared_gate == "none":
+        return routed + shared
+    powers = xp.exp(x @ weights["mix_DK"])
+    if config.shared_gate == "sigmoid":
+        return routed + powers / (1 + powers) * shared
+    first = powers[..., :1] / (powers[..., :1] + powers[..., 1:])
+    return first * routed + (1 - first) * shared
 
 
 def layer(problem: Problem) -> Answer:
@@ -170,9 +192,10 @@ def layer(problem: Problem) -> Answer:
     config, weights = problem.config, problem.weights
     batch, length, width = problem.x_BLD.shape
     x_TD, mask_T, ids_T = problem.x_BLD.reshape(-1, width), problem.mask_BL.reshape(-1), problem.ids_BL.reshape(-1)
+    previous_T = problem.previous_BL.reshape(-1)
     tokens, num_experts, size = batch * length, config.num_experts, problem.group_size
     groups = [
-        Group(x_TD[i : i + size], mask_T[i : i + size], ids_T[i : i + size], problem.slots)
+        Group(x_TD[i : i + size], mask_T[i : i + size], ids_T[i : i + size], problem.slots, previous_T[i : i + size])
         for i in range(0, tokens, size)
     ]
     choices = [problem.router.decide(problem, group) for group in groups]
@@ -185,8 +208,9 @@ def layer(problem: Problem) -> Answer:
         total = sum(gate_TK[t][kept_TK[t]])
         for k in np.flatnonzero(kept_TK[t]):
             weight = gate_TK[t, k] / total if problem.after_drop else gate_TK[t, k]
-            y_TD[t] += weight * expert(weights, problem.activation, candidate_TK[t, k], x_TD[t], np)
-        y_TD[t] += shared_experts(weights, problem.activation, x_TD[t], np)
+            inner, outer = (weight, 1.0) if problem.on_input else (1.0, weight)
+            y_TD[t] += outer * expert(weights, problem.activation, candidate_TK[t, k], inner * x_TD[t], np)
+        y_TD[t] = with_shared(config, weights, problem.activation, x_TD[t], y_TD[t], np)
     units = _units(problem, choices, candidate_TK, used_TK)
     real = max(sum(unit.tokens for unit in units), 1)
     shares = [share_E for _, share_E in shares_of(units, config.balance.scope)]
@@ -265,10 +289,13 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
     if problem.after_drop:
         total_T1 = gate_TK.sum(-1, keepdims=True)
         gate_TK = gate_TK / jnp.where(total_T1 > 0, total_T1, 1.0)
-    y_TD = jnp.zeros_like(x_TD) + shared_experts(weights, kind, x_TD, jnp)
+    y_TD = jnp.zeros_like(x_TD)
     for index in range(config.num_experts):
         weight_T = jnp.sum(jnp.where(jnp.asarray(answer.candidate_TK == index), gate_TK, 0.0), axis=-1)
-        y_TD = y_TD + weight_T[:, None] * expert(weights, kind, index, x_TD, jnp)
+        chosen_T = np.any((answer.candidate_TK == index) & answer.kept_TK, axis=-1)
+        inner_T, outer_T = (weight_T, chosen_T) if problem.on_input else (jnp.ones_like(weight_T), weight_T)
+        y_TD = y_TD + outer_T[:, None] * expert(weights, kind, index, inner_T[:, None] * x_TD, jnp)
+    y_TD = with_shared(config, weights, kind, x_TD, y_TD, jnp)
     real = jnp.maximum(real_T.sum(), 1)
     balance = config.num_experts * jnp.sum(shares_TE * smooth.probability_TE * real_T[:, None]) / real
     z = jnp.sum(smooth.logsumexp_T**2 * real_T) / real

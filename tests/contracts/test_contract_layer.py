@@ -51,7 +51,13 @@ def test_every_router_and_dispatcher_of_the_package_has_a_case():
     assert set(DISPATCHERS) == set(cases.DISPATCHERS)
     assert {case.moe.priority for case in cases.ROUTER_CASES.values()} == set(PRIORITIES)
     assert {case.moe.balance.scope for case in cases.ROUTER_CASES.values()} == {"sequence", "group", "global"}
-    assert {case.activation for case in cases.ROUTER_CASES.values()} == {"relu", "gelu", "geglu", "swiglu"}
+    assert {case.activation for case in cases.ROUTER_CASES.values()} == {
+        "relu",
+        "gelu",
+        "geglu",
+        "swiglu",
+        "clamped_swiglu",
+    }
 
 
 @pytest.mark.parametrize("option", ["gate", "renormalise", "second_expert"])

@@ -32,6 +32,10 @@ CONFIGS = {
     "moe_ungated": BASE.replace(moe=MOE, activation="gelu"),
     "moe_every": BASE.replace(num_layers=7, moe=dataclasses.replace(MOE, every=3, first_dense=1)),
     "moe_shared": BASE.replace(num_kv_heads=1, moe=dataclasses.replace(MOE, num_shared=2, every=2)),
+    "moe_shared_gate": BASE.replace(moe=dataclasses.replace(MOE, num_shared=1, shared_gate="sigmoid", d_shared=5)),
+    "moe_shared_mix": BASE.replace(moe=dataclasses.replace(MOE, num_shared=2, shared_gate="mix", d_shared=20)),
+    "moe_bias": BASE.replace(moe=dataclasses.replace(MOE, expert_bias=True)),
+    "moe_bias_ungated": BASE.replace(activation="relu", moe=dataclasses.replace(MOE, expert_bias=True)),
     "moe_hash": BASE.replace(moe=dataclasses.replace(MOE, router=Hash())),
     "moe_default_width": BASE.replace(moe=MoEConfig(num_experts=3, top_k=3, first_dense=1)),
 }

@@ -71,13 +71,13 @@ def test_units_of_the_statistics_follow_the_scope(scope, units):
 def test_shared_experts_are_one_wide_layer_that_also_sees_dropped_tokens():
     layer = build(num_shared=3, capacity_factor=0.25)
     assert layer.shared is not None
-    assert layer.shared.up_DF.shape == (4, 18)
+    assert layer.shared.mlp.up_DF.shape == (4, 18)
     routed = build(num_shared=0, capacity_factor=0.25)
     routed.router, routed.experts = layer.router, layer.experts
     key = jax.random.key(0)
     both, _ = run(layer, X_BLD, ALL_BL, key)
     alone, stats = run(routed, X_BLD, ALL_BL, key)
-    np.testing.assert_allclose(both, alone + layer.shared(X_BLD), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both, layer.shared(X_BLD, alone, None), rtol=1e-5, atol=1e-6)
     dropped = np.all(np.asarray(alone) == 0, axis=-1)
     assert dropped.sum() == int(stats.dispatch.served[0]) > 0
 
@@ -107,6 +107,6 @@ def test_the_type_of_the_input_is_the_type_of_the_output(dtype):
 def test_weights_of_router_experts_and_shared_experts_are_drawn_apart():
     layer = build(num_shared=1, num_experts=1, top_k=1)
     assert layer.shared is not None
-    assert not np.allclose(layer.shared.up_DF[...], layer.experts.up_EDF[...][0])
+    assert not np.allclose(layer.shared.mlp.up_DF[...], layer.experts.up_EDF[...][0])
     small = build(init_scale=0.01)
     np.testing.assert_allclose(small.experts.up_EDF[...], 0.1 * build().experts.up_EDF[...], rtol=1e-5)

@@ -24,12 +24,15 @@ FORMULAS = {
     "gelu": lambda up, gate: gelu(up),
     "geglu": lambda up, gate: gelu(gate) * up,
     "swiglu": lambda up, gate: gate / (1 + np.exp(-gate)) * up,
+    "clamped_swiglu": lambda up, gate: (
+        np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7))) * (np.clip(up, -7, 7) + 1)
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activation(kind):
-    up, gate = np.linspace(-3, 3, 13), np.linspace(2, -2, 13)
+    up, gate = np.linspace(-9, 9, 13), np.linspace(8, -8, 13)
     got = activate(kind, jnp.asarray(up), jnp.asarray(gate) if kind in GATED else None)
     np.testing.assert_allclose(got, FORMULAS[kind](up, gate), rtol=1e-5, atol=1e-6)
 

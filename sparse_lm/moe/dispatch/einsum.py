@@ -21,7 +21,11 @@ class Einsum(Dispatcher):
         slot_GSKC = jax.nn.one_hot(placement.slot_GSK, slots, dtype=jnp.float32)
         dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
         combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", placement.gate_GSK, expert_GSKE, slot_GSKC)
-        x_EGCD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
+        if placement.scale_GSK is None:
+            x_EGCD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
+        else:
+            scaled_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", placement.scale_GSK, expert_GSKE, slot_GSKC)
+            x_EGCD = jnp.einsum("GSEC,GSD->EGCD", scaled_GSEC, x_GSD.astype(jnp.float32)).astype(x_GSD.dtype)
         token_GEC = jnp.maximum(placement.token_GEC, 0)
         ids_GEC = jnp.take_along_axis(ids_GS, token_GEC.reshape(groups, -1), axis=1).reshape(token_GEC.shape)
         ids_ER = jnp.swapaxes(ids_GEC, 0, 1).reshape(num_experts, -1)

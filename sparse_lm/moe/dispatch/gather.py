@@ -50,8 +50,12 @@ class Routes:
         return cls(placement, row_GSK.reshape(groups * size, top_k), token_ER)
 
     def to_slots(self, x_GSD: Float[Array, "G S D"]) -> Float[Array, "E R D"]:
-        """Each row's token; empty rows are zero."""
-        return _to_slots(varying(x_GSD).reshape(-1, x_GSD.shape[-1]), self.token_ER, self.row_MK)
+        """Each row's token, scaled by its gate where that is on the input; empty rows are zero."""
+        x_ERD = _to_slots(varying(x_GSD).reshape(-1, x_GSD.shape[-1]), self.token_ER, self.row_MK)
+        if self.placement.scale_GSK is None:
+            return x_ERD
+        scale_R = _by_row(varying(self.placement.scale_GSK), self.row_MK, self.token_ER.size)
+        return (x_ERD * scale_R.reshape(*self.token_ER.shape, 1)).astype(x_GSD.dtype)
 
     def ids(self, ids_GS: Int[Array, "G S"]) -> Int[Array, "E R"]:
         """The number of each row's token."""
@@ -63,6 +67,12 @@ class Routes:
         flat = y_ERD.reshape(-1, y_ERD.shape[-1])
         y_MD = _combine(flat, varying(self.placement.gate_GSK).reshape(-1, top_k), self.token_ER, self.row_MK)
         return y_MD.reshape(groups, size, -1)
+
+
+def _by_row(value_GSK: jax.Array, row_MK: jax.Array, num_rows: int) -> jax.Array:
+    """A number per assignment -> a number per row, 0 for empty rows."""
+    empty = varying(jnp.zeros((num_rows,), jnp.float32))
+    return empty.at[varying(row_MK).reshape(-1)].set(value_GSK.reshape(-1), mode="drop")
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -106,7 +116,7 @@ def _combine_backward(saved, dy_MD):
     num_rows, choices = y_RD.shape[0], range(row_MK.shape[1])
     dgate = [jnp.sum(dy_MD * _rows(y_RD, row_MK[:, k]).astype(jnp.float32), axis=-1) for k in choices]
     # The gate of each row, scattered as scalars: one number per row, where the rows themselves are gathered.
-    gate_R = jnp.zeros((num_rows,), jnp.float32).at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), mode="drop")
+    gate_R = _by_row(gate_MK, row_MK, num_rows)
     dy_RD = gate_R[:, None] * _rows(dy_MD, token_ER.reshape(-1))
     return dy_RD.astype(y_RD.dtype), jnp.stack(dgate, axis=-1), None, None
 

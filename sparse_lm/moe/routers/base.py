@@ -65,8 +65,10 @@ class RouterConfig(Config, abc.ABC):
 class LinearScores(nnx.Module):
     """The linear map from tokens to a logit per expert, in float32 (selective precision: Fedus et al. 2021, 2.4)."""
 
-    def __init__(self, key: jax.Array, shape: RouterShape, init_scale: float, rules: Rules):
+    def __init__(self, key: jax.Array, shape: RouterShape, init_scale: float, rules: Rules, bias: bool = False):
+        """bias: whether logits have a learned bias, which starts at 0 (gpt-oss)."""
         self.rules = rules
+        self.logit_bias_E = nnx.Param(jnp.zeros((shape.num_experts,), jnp.float32)) if bias else None
         self.weight_DE = nnx.Param(fan_in_normal(key, (shape.d_model, shape.num_experts), shape.d_model, init_scale))
 
     def __call__(self, x_GSD: Float[Array, "G S D"], jitter: float, key: jax.Array | None) -> Float[Array, "G S E"]:
@@ -75,4 +77,5 @@ class LinearScores(nnx.Module):
         if jitter > 0 and key is not None:
             noise = jax.random.uniform(key, x_GSD.shape, jnp.float32, 1 - jitter, 1 + jitter)
             x_GSD = x_GSD * self.rules.constrain(noise, "GSD")
-        return self.rules.einsum("GSD,DE->GSE", x_GSD, self.rules.whole(self.weight_DE[...]))
+        logits_GSE = self.rules.einsum("GSD,DE->GSE", x_GSD, self.rules.whole(self.weight_DE[...]))
+        return logits_GSE if self.logit_bias_E is None else logits_GSE + self.rules.whole(self.logit_bias_E[...])

@@ -1,4 +1,4 @@
-"""Independent scores with a balancing bias: DeepSeek-V3, Kimi-K2, loss-free balancing; by softmax also DeepSeek-V2."""
+"""Scores by themselves, with a bias for balance: DeepSeek-V3, Kimi-K2, Llama 4; with a softmax DeepSeek-V2."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class Sigmoid(RouterConfig):
         `sign`: bias += bias_rate * sign(mean - load) (2408.15664, algorithm 1); `linear`: bias += bias_rate * (mean -
         load) / mean. The paper's linear rule does not say in what units loads are; in shares of the mean, the step
         does not depend on the size of the batch.
+    gate_on: what the gate multiplies: the expert's `output`, or its `input` (Llama 4, with top_k=1,
+        renormalise=none, scale=1, bias_rate=0).
     init_scale: of the router's weights, see `fan_in_normal`. DeepSeek's standard deviation of 0.006 is 0.006**2 * D.
     """
 
@@ -51,6 +53,7 @@ class Sigmoid(RouterConfig):
     group_score: Literal["top2_sum", "max"] = "top2_sum"
     bias_rate: float = option(0.001, ge=0)
     bias_rule: Literal["sign", "linear"] = "sign"
+    gate_on: Literal["output", "input"] = "output"
     init_scale: float = option(0.1, gt=0)
 
     def check(self) -> None:
@@ -117,6 +120,7 @@ class SigmoidRouter(Router):
         decision = TokenChoice(
             expert_GSK=jnp.where(real_GS1, expert_GSK, -1).astype(jnp.int32),
             gate_GSK=jnp.where(real_GS1, config.scale * gate_GSK, 0.0),
+            gate_on=config.gate_on,
         )
         return decision, Scores(probability_GSE, jax.nn.logsumexp(logits_GSE, axis=-1))
 

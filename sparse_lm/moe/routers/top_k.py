@@ -27,7 +27,7 @@ class TopK(RouterConfig):
         `second_threshold`); `gshard` (with probability min(1, 2 g), GShard's algorithm 1); `mesh_tf` (with
         probability min(1, g / second_threshold)). g is the choice's share of the gates of the token's first two
         choices; in evaluation the random policies keep all.
-    init_scale: of the router's weights, see `fan_in_normal`.
+    init_scale: of the router's weights, see `fan_in_normal`. bias: of the logits, learned (gpt-oss).
     """
 
     kind = "top_k"
@@ -38,6 +38,7 @@ class TopK(RouterConfig):
     second_expert: Literal["all", "none", "threshold", "gshard", "mesh_tf"] = "all"
     second_threshold: float = option(0.2, gt=0, le=1)
     init_scale: float = option(0.1, gt=0)
+    bias: bool = False
 
     def check_shape(self, shape: RouterShape) -> None:
         """Refuses gates that are constantly 1: the loss of the task would never reach the router."""
@@ -72,7 +73,7 @@ class TopKRouter(Router):
 
     def __init__(self, key: jax.Array, config: TopK, shape: RouterShape, rules: Rules):
         self.config, self.top_k = config, shape.top_k
-        self.scores = LinearScores(key, shape, config.init_scale, rules)
+        self.scores = LinearScores(key, shape, config.init_scale, rules, config.bias)
 
     def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
         """See `Router`."""
