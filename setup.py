@@ -25,6 +25,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.0",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
     ],
     extras_require={

@@ -1,0 +1,43 @@
+"""The same command several times side by side on this machine, each with its share of the runs."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+
+from sparse_lm.config import ConfigError
+from sparse_lm.study.plan import Plan
+from sparse_lm.study.runner import Shard
+
+POLL_SECONDS = 0.2
+
+
+def check_parallel(plan: Plan, count: int) -> None:
+    """Raises `ConfigError` when processes side by side would spoil what is measured."""
+    if count > 1 and plan.study.budget == "time":
+        raise ConfigError("parallel", count, "equal wall time needs the machine for itself; leave it at 1")
+
+
+def run_processes(command: Sequence[str], shard: Shard, count: int) -> int:
+    """Runs `command --shard=i/n` for each of `count` parts of the shard; 0 when all end so, else the worst status.
+
+    SIGTERM and Ctrl-C are passed on to the processes, and waited for.
+    """
+    started = [subprocess.Popen([*command, f"--shard={part.index}/{part.count}"]) for part in shard.split(count)]
+
+    def forward(number, _):
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while any(process.poll() is None for process in started):
+            time.sleep(POLL_SECONDS)
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+    # A process that a signal killed has a negative status, which is a failure like others.
+    return max(abs(process.returncode) for process in started)

@@ -1,0 +1,196 @@
+"""Runs what a plan holds, each run an ordinary training in a directory of its own, and never one twice.
+
+DIR/<study>/runs/<variant>-s<seed>-<config hash>/ holds what training writes there, and beside it train.log, done.json
+once it has finished, and failure.json once it has failed. Whatever ends in between is resumed from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from sparse_lm.config import ConfigError
+from sparse_lm.experiment import Experiment
+from sparse_lm.study.plan import Plan, Run
+from sparse_lm.telemetry.format import duration
+from sparse_lm.telemetry.sinks import METRICS_NAME, replace_file
+from sparse_lm.train.session import train
+
+RUNS_NAME, DONE_NAME, FAILURE_NAME, LOG_NAME = "runs", "done.json", "failure.json", "train.log"
+State = Literal["finished", "failed", "started", "waiting"]
+Train = Callable[[Experiment, Path, TextIO], Any]  # returns what `train.session.train` does, or what looks like it
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C between two trainings; like KeyboardInterrupt no error, so that it is not taken for one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Every `count`-th run, from `index` on."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ConfigError("shard", f"{self.index}/{self.count}", "count from 0: the last one of n is n-1/n")
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        """From `i/n`. Raises `ConfigError`."""
+        index, slash, count = text.partition("/")
+        if not slash or not index.isdecimal() or not count.isdecimal():
+            raise ConfigError("shard", text, "write it as i/n, for example 0/8 to 7/8")
+        return Shard(int(index), int(count))
+
+    def split(self, parts: int) -> list[Shard]:
+        """The shards that together do what this one does."""
+        return [Shard(self.index + self.count * part, self.count * parts) for part in range(parts)]
+
+    def of(self, runs: tuple[Run, ...]) -> tuple[Run, ...]:
+        """This shard's runs."""
+        return runs[self.index :: self.count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """How a call ended: names of the runs that it finished, that failed (now or before), and whether it was stopped."""
+
+    finished: tuple[str, ...]
+    failed: tuple[str, ...]
+    stopped: bool
+
+
+def study_dir(plan: Plan, workdir: Path) -> Path:
+    """Where a study at a scale lies: scales are different experiments, so the larger ones have their own folder."""
+    return workdir / (plan.study.name if plan.scale == "toy" else f"{plan.study.name}-{plan.scale}")
+
+
+def run_dir(directory: Path, run: Run) -> Path:
+    """The directory of a run within that of its study."""
+    return directory / RUNS_NAME / run.name
+
+
+def state_of(directory: Path, run: Run) -> State:
+    """How far a run is."""
+    here = run_dir(directory, run)
+    if (here / DONE_NAME).exists():
+        return "finished"
+    if (here / FAILURE_NAME).exists():
+        return "failed"
+    return "started" if (here / METRICS_NAME).exists() else "waiting"
+
+
+def failure_of(directory: Path, run: Run) -> str:
+    """Why a run failed, in one line; empty when it did not."""
+    path = run_dir(directory, run) / FAILURE_NAME
+    return json.loads(path.read_text(encoding="utf-8"))["error"] if path.exists() else ""
+
+
+def listing(plan: Plan, directory: Path, shard: Shard) -> list[str]:
+    """A line for each run of the shard: its state, name and cost."""
+    return [
+        f"{state_of(directory, run):8} {run.name}  {run.experiment.train.steps} steps, "
+        f"{plan.costs[run.variant].parameters:,} parameters, {plan.costs[run.variant].flops_per_token:,} FLOPs/token"
+        for run in shard.of(plan.runs)
+    ]
+
+
+def run_study(
+    plan: Plan,
+    directory: Path,
+    stream: TextIO,
+    shard: Shard = Shard(),
+    retry: bool = False,
+    after: Callable[[], object] = lambda: None,
+    train: Train = train,
+) -> Ran:
+    """Runs what of the shard is not finished, and with `retry` what had failed; calls `after` whenever one ends.
+
+    A run that fails is recorded and the others go on. SIGTERM or Ctrl-C save the running one and end the call.
+    """
+    mine = shard.of(plan.runs)
+    states = {run: state_of(directory, run) for run in mine}
+    todo = [run for run in mine if states[run] in ("waiting", "started") or (retry and states[run] == "failed")]
+    failed = [run.name for run in mine if states[run] == "failed" and run not in todo]
+    skipped = sum(state == "finished" for state in states.values())
+    stream.write(f"{len(mine)} runs: {skipped} finished before, {len(failed)} failed before, {len(todo)} to do\n")
+    for name in failed:
+        stream.write(f"  failed before: {name} (--retry tries it again)\n")
+    finished: list[str] = []
+    start = time.monotonic()
+    try:
+        with _interruptible():
+            for i, run in enumerate(todo):
+                stopped, words = _one(run, run_dir(directory, run), train)
+                if stopped:
+                    return _stopped(stream, finished, failed)
+                (failed if words.startswith("failed") else finished).append(run.name)
+                rest = (time.monotonic() - start) / (i + 1) * (len(todo) - i - 1)
+                stream.write(f"[{i + 1}/{len(todo)}] {run.name}: {words}; {duration(rest)} to go\n")
+                stream.flush()
+                after()
+    except Interrupted:
+        return _stopped(stream, finished, failed)
+    return Ran(tuple(finished), tuple(failed), False)
+
+
+def _stopped(stream: TextIO, finished: list[str], failed: list[str]) -> Ran:
+    stream.write("stopped by a signal; the same command goes on from there\n")
+    return Ran(tuple(finished), tuple(failed), True)
+
+
+def _one(run: Run, here: Path, train: Train) -> tuple[bool, str]:
+    """Trains one run; whether it was stopped by a signal, and what became of it in words."""
+    try:
+        here.mkdir(parents=True, exist_ok=True)
+        (here / FAILURE_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError("workdir", str(here), f"cannot be written ({error}); choose another directory") from error
+    start = time.monotonic()
+    with (here / LOG_NAME).open("a", encoding="utf-8") as log:
+        try:
+            session = train(run.experiment, here, log)
+        except Exception as error:  # whatever it is, the other runs go on and the table says what is missing
+            lines = str(error).strip().splitlines()
+            words = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            log.write(traceback.format_exc())
+            _record(here / FAILURE_NAME, {"error": words, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+            return False, f"failed, {words} (see {here / LOG_NAME})"
+    if session.outcome.stopped:
+        return True, "stopped"
+    seconds = time.monotonic() - start
+    _record(here / DONE_NAME, {"key": run.key, "seconds": seconds, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    loss = session.outcome.last.get("validation", {}).get("loss")
+    shown = "finished before" if loss is None else f"validation loss {loss:.4f}"
+    return False, f"{shown}, {duration(seconds)}"
+
+
+def _record(path: Path, content: dict[str, object]) -> None:
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Between trainings, which have handlers of their own, the first signal ends the study at once."""
+
+    def handler(number, _):
+        raise Interrupted(number)
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread, as in a notebook's worker
+        before = {}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
