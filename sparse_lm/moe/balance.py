@@ -6,6 +6,8 @@ perfect balance for every k; padding counts nowhere; every loss is per layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -34,6 +36,36 @@ def load_balance(
 def z_loss(stats: RouterStats, tokens: jax.Array) -> Float[Array, "N"]:
     """Mean squared logsumexp of the router's logits per layer (Zoph et al. 2022, equation 5)."""
     return jnp.sum(stats.z_U, axis=-1) / jnp.maximum(tokens, 1)
+
+
+def entropy(stats: RouterStats, tokens: jax.Array) -> Float[Array, "N"]:
+    """Mean entropy of a token's probabilities per layer, in nats: 0 when every token is sure, log E when none is."""
+    return jnp.sum(stats.entropy_U, axis=-1) / jnp.maximum(tokens, 1)
+
+
+def router_losses(
+    stats: RouterStats, tokens: jax.Array, whole_load_NE: Int[Array, "N E"] | None = None
+) -> dict[str, Float[Array, "N"]]:
+    """Every loss that can be made of the statistics, by the name of its weight, per layer and unweighted."""
+    return {
+        "load": load_balance(stats, tokens, whole_load_NE),
+        "z": z_loss(stats, tokens),
+        "entropy": entropy(stats, tokens),
+    }
+
+
+def weighted(losses: Mapping[str, Float[Array, "N"]], weights: Mapping[str, float]) -> Float[Array, ""]:
+    """The sum of the losses over layers with their weights.
+
+    Raises `ValueError` when a loss has a weight and is not there: no declared loss is left out of the total silently.
+    """
+    missing = sorted(name for name, weight in weights.items() if weight and name not in losses)
+    if missing:
+        raise ValueError(
+            f"the losses {missing} have weights and are not computed; moe.balance.router_losses makes {sorted(losses)}"
+        )
+    used = (weight * jnp.sum(losses[name]) for name, weight in weights.items() if weight)
+    return sum(used, jnp.zeros((), jnp.float32))
 
 
 def max_violation(load_NE: Int[Array, "*N E"]) -> Float[Array, "*N"]:

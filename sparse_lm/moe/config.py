@@ -17,13 +17,21 @@ class BalanceConfig(Config):
     """Weights of the router losses; each is added once per sparse layer (a sum over layers, as in Switch, DeepSeek).
 
     load: of the load-balance loss, which is 1 at perfect balance for every k. z: of the z-loss.
+    entropy: of the mean entropy of a token's probabilities, in nats: above 0 makes routers decided, below 0 undecided.
     scope: over which tokens loads and probabilities are averaged before they are multiplied: `sequence` (DeepSeek-V2),
         `group` (Switch, GShard), `global` (the whole batch of a step, over devices and microbatches: Qiu et al. 2025).
     """
 
     load: float = option(0.01, ge=0)
     z: float = option(0.001, ge=0)
+    entropy: float = 0.0
     scope: Literal["sequence", "group", "global"] = "global"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every loss by its name in `moe.balance.router_losses`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +116,7 @@ class MoEConfig(Config):
     @property
     def losses(self) -> BalanceConfig:
         """The weights of the router losses; all 0 where no gradient reaches the router, as under hash routing."""
-        return self.balance if self.router.learned else self.balance.replace(load=0.0, z=0.0)
+        return self.balance if self.router.learned else self.balance.replace(**dict.fromkeys(self.balance.weights, 0.0))
 
     @property
     def causal(self) -> bool:

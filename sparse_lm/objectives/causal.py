@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.reports import DepthStats, Reports
-from sparse_lm.moe.balance import load_balance, z_loss
+from sparse_lm.moe.balance import router_losses, weighted
 from sparse_lm.moe.config import BalanceConfig
 from sparse_lm.moe.types import LayerStats, RouterStats, pytree_dataclass
 
@@ -96,8 +96,8 @@ def causal_loss(
 
     apply: (tokens, segments, positions, key) -> (logits, reports). balance: None in a dense model. attention_balance:
     None where attention has no experts.
-    The loss is cross-entropy + sum over sparse layers of (balance.load * load balance + balance.z * z + the router's
-    own penalty) + depth_weight * sum over wrapped layers of the predictor's cross-entropy per token;
+    The loss is cross-entropy + sum over sparse layers of (each loss of `moe.balance.router_losses` with its weight
+    in `balance` + the router's own penalty) + depth_weight * sum over wrapped layers of the predictor's cross-entropy per token;
     attention experts add theirs with the weights of attention_balance.
     """
     logits_BLV, reports = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
@@ -136,14 +136,12 @@ def _routing_losses(
     """The weighted sum of the router losses over layers, and what it is made of. tokens: of the whole batch, or [N]."""
     router = stats.router
     if balance.scope == "global":
-        balance_N = load_balance(router, tokens, jnp.sum(router.load_UE, axis=1) if whole_NE is None else whole_NE)
-    else:
-        balance_N = load_balance(router, tokens)
-    z_N = z_loss(router, tokens)
+        whole_NE = jnp.sum(router.load_UE, axis=1) if whole_NE is None else whole_NE
+    losses = router_losses(router, tokens, whole_NE if balance.scope == "global" else None)
     penalty = jnp.sum(jnp.sum(router.penalty_U, axis=1) / jnp.maximum(tokens, 1))
     summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
-    parts = RoutingParts(balance_N, z_N, LayerStats(type(router)(**summed), stats.dispatch))
-    return balance.load * jnp.sum(balance_N) + balance.z * jnp.sum(z_N) + penalty, parts
+    parts = RoutingParts(losses["load"], losses["z"], LayerStats(type(router)(**summed), stats.dispatch))
+    return weighted(losses, balance.weights) + penalty, parts
 
 
 def _routed(router: RouterStats, totals: Totals) -> jax.Array:

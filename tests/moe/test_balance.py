@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.moe.balance import load_balance, max_violation, z_loss
+from sparse_lm.moe.balance import entropy, load_balance, max_violation, router_losses, weighted, z_loss
 from sparse_lm.moe.types import RouterStats
 
 
@@ -18,6 +20,20 @@ def stats_of(load_UE, importance_UE, tokens_U, z_U=None) -> RouterStats:
     zero = jnp.zeros(tokens.shape)
     z = zero if z_U is None else jnp.asarray([z_U], jnp.float32)
     return RouterStats(tokens, 0 * tokens, 0 * tokens, load, importance, z, zero, zero)
+
+
+def test_the_total_by_hand():
+    stats = dataclasses.replace(stats_of([[2, 2]], [[2.0, 2.0]], [4], [8.0]), entropy_U=jnp.asarray([[6.0]]))
+    losses = router_losses(stats, jnp.asarray(4))
+    np.testing.assert_allclose([losses["load"], losses["z"], losses["entropy"]], [[1.0], [2.0], [1.5]], rtol=1e-6)
+    np.testing.assert_allclose(entropy(stats, jnp.asarray(4)), [1.5])
+    np.testing.assert_allclose(weighted(losses, {"load": 0.5, "z": 0.25, "entropy": -1.0}), -0.5, rtol=1e-6)
+    assert weighted(losses, {}) == 0
+
+
+def test_a_weight_without_its_loss_is_an_error():
+    with pytest.raises(ValueError, match="importance"):
+        weighted({"load": jnp.ones(2)}, {"load": 1.0, "importance": 0.1})
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

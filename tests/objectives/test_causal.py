@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -105,6 +106,31 @@ def test_router_losses_by_hand(scope, balance):
     assert parts.stats is not None
     np.testing.assert_array_equal(parts.stats.router.load_UE, [[[3, 3]], [[3, 3]]])
     np.testing.assert_array_equal(parts.stats.router.tokens_U, [[6], [6]])
+
+
+def test_entropy_is_a_loss_where_it_has_a_weight():
+    def sure(tokens, segments, positions, key):
+        reports = router_stats()
+        entropy = jnp.asarray([[3.0, 1.0], [2.0, 0.0]])  # sums over the units of two layers
+        return LOGITS, Reports(
+            dataclasses.replace(reports, router=dataclasses.replace(reports.router, entropy_U=entropy))
+        )
+
+    totals = Totals(jnp.asarray(4.0), jnp.asarray(8.0))
+    off, on = (BalanceConfig(load=0.0, z=0.0, entropy=weight) for weight in (0.0, -0.1))
+    without, with_entropy = (causal_loss(sure, BATCH, None, totals, weights, 2)[0] for weights in (off, on))
+    np.testing.assert_allclose(with_entropy - without, -0.1 * (4 / 8 + 2 / 8), rtol=1e-5)
+
+
+def test_a_declared_loss_that_nobody_computes_is_an_error():
+    @dataclasses.dataclass(frozen=True)
+    class More(BalanceConfig):
+        orthogonality: float = 0.5
+
+    totals = Totals(jnp.asarray(4.0), jnp.asarray(8.0))
+    with pytest.raises(ValueError, match=r"orthogonality.*entropy.*load.*z"):
+        causal_loss(apply_sparse, BATCH, None, totals, More(), 2)
+    causal_loss(apply_sparse, BATCH, None, totals, More(orthogonality=0.0), 2)
 
 
 def test_loads_of_the_whole_batch_replace_those_of_the_microbatch():
