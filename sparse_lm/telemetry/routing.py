@@ -23,7 +23,9 @@ LOAD_COLORS = ColorScale(4.0)
 
 def is_sparse(run: RunData) -> bool:
     """Whether the run has any routing to report."""
-    return bool(run.layers) or any(run.has(key) for key in ("max_violation", "load_balance", "router_entropy"))
+    return bool(run.layers) or any(
+        run.has(key) for key in ("max_violation", "load_balance", "router_entropy", "attention_load_balance")
+    )
 
 
 def layer_array(run: RunData, key: str) -> tuple[list[int], np.ndarray]:
@@ -44,8 +46,13 @@ def chosen_layers(count: int) -> list[int]:
 
 
 def load_maps(run: RunData) -> list[Figure]:
-    """A heat map per MoE layer: each expert's load relative to an even one, over steps."""
-    steps, load = layer_array(run, "load")
+    """A heat map per layer with experts, in its feed-forward part and in its attention: loads over steps."""
+    return _load_maps(run, "load", "MoE layer") + _load_maps(run, "attention_load", "Attention of layer")
+
+
+def _load_maps(run: RunData, key: str, what: str) -> list[Figure]:
+    """Each expert's load relative to an even one."""
+    steps, load = layer_array(run, key)
     if not steps:
         return []
     _, layers, experts = load.shape
@@ -57,7 +64,7 @@ def load_maps(run: RunData) -> list[Figure]:
     x = Axis("step", low=ends[0], high=ends[1], integer=True)
     figures = []
     for layer in range(layers):
-        name = f"MoE layer {layer + 1}"
+        name = f"{what} {layer + 1}"
         low, high, idle = tail[layer].min(), tail[layer].max(), int((tail[layer] < _IDLE).sum())
         caption = f"In the end between {low:.2f} and {high:.2f} times an even load"
         caption += f"; {idle} of {experts} experts idle." if idle else "."

@@ -117,7 +117,7 @@ def load_run(run_dir: Path) -> RunData:
         info=info,
         train=train,
         validation=tuple(row for row in rows if row.get("split") == "validation"),
-        layers=tuple(row for row in train if get(row, "layers", "load")),
+        layers=tuple(row for row in train if any(get(row, "layers", key) for key in ("load", "attention_load"))),
     )
 
 

@@ -11,6 +11,7 @@ from sparse_lm.evals.perplexity import Evaluation
 from sparse_lm.models.reports import DepthStats
 from sparse_lm.moe.balance import max_violation
 from sparse_lm.moe.types import LayerStats
+from sparse_lm.objectives.causal import RoutingParts
 from sparse_lm.train.step import StepMetrics
 
 
@@ -26,9 +27,15 @@ def train_row(step: int, metrics: StepMetrics, layers: bool) -> dict[str, Any]:
     }
     if metrics.parts.depth is not None:
         row |= depth_row(metrics.parts.depth)
+    arrays: dict[str, Any] = {}
+    if metrics.parts.attention is not None:
+        row |= attention_row(metrics.parts.attention)
+        found = layer_arrays(metrics.parts.attention.stats)
+        arrays = {f"attention_{name}": found[name] for name in ("load", "entropy", "gate_histogram")}
     stats = metrics.parts.stats
     if stats is None:
-        return row | {"dropped_fraction": 0.0}
+        row |= {"dropped_fraction": 0.0}
+        return row | {"layers": arrays} if layers and arrays else row
     router, dispatch = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats.router, stats.dispatch))
     load_NE = router.load_UE.sum(axis=1)
     tokens_N = router.tokens_U.sum(axis=1)
@@ -43,7 +50,20 @@ def train_row(step: int, metrics: StepMetrics, layers: bool) -> dict[str, Any]:
         "kept_gate_mass": _ratio(dispatch.kept_gate_mass.sum(), dispatch.gate_mass.sum()),
         "served": _rounded(dispatch.served.sum(axis=0) / max(1.0, dispatch.served.sum())),
     }
-    return row | {"layers": layer_arrays(stats)} if layers else row
+    return row | {"layers": layer_arrays(stats) | arrays} if layers else row
+
+
+def attention_row(parts: RoutingParts) -> dict[str, Any]:
+    """Of attention experts: losses, entropy and balance, means over layers; see the same names without `attention_`."""
+    router = jax.tree.map(lambda x: np.asarray(x, np.float64), parts.stats.router)
+    load_NE = router.load_UE.sum(axis=1)
+    return {
+        "attention_declined_fraction": _ratio(router.declined_U.sum(), router.declined_U.sum() + load_NE.sum()),
+        "attention_load_balance": float(np.mean(parts.load_balance_N)),
+        "attention_router_z": float(np.mean(parts.z_N)),
+        "attention_router_entropy": _ratio(router.entropy_U.sum(), router.tokens_U.sum()),
+        "attention_max_violation": float(np.mean(max_violation(load_NE.astype(np.int64)))),
+    }
 
 
 def depth_row(stats: DepthStats) -> dict[str, Any]:

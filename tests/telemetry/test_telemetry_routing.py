@@ -42,7 +42,9 @@ def test_a_dense_run_has_no_routing(tmp_path):
         assert make(run) is None
 
 
-@pytest.mark.parametrize("extra", [{"max_violation": 0.1}, {"router_entropy": 1.0}, {"load_balance": 1.0}])
+@pytest.mark.parametrize(
+    "extra", [{"max_violation": 0.1}, {"router_entropy": 1.0}, {"load_balance": 1.0}, {"attention_load_balance": 1.0}]
+)
 def test_scalars_alone_make_a_run_sparse(tmp_path, extra):
     assert routing.is_sparse(run_of(tmp_path, [{"step": 1, **extra}]))
 
@@ -158,3 +160,15 @@ def test_balance_shows_what_the_rows_have(tmp_path):
     assert "perfect balance" in words(shown[1])
     only = routing.balance(run_of(tmp_path / "b", [{"step": 1, "max_violation": 0.3}]))
     assert [figure.heading for figure in only] == ["Maximal violation"]
+
+
+def test_attention_experts_have_load_maps_also_in_a_model_that_is_dense_otherwise(tmp_path):
+    rows = [{"step": step, "layers": {"attention_load": [[0.75, 0.25]] * 2}} for step in (10, 20)]
+    run = run_of(tmp_path, rows)
+    assert routing.is_sparse(run)
+    figures = routing.load_maps(run)
+    assert [figure.heading for figure in figures] == ["Attention of layer 1", "Attention of layer 2"]
+    assert figures[0].caption == "In the end between 0.50 and 1.50 times an even load."
+    assert routing.idle_experts(run) is None
+    both = [row | {"layers": row["layers"] | {"load": [[0.5, 0.5]]}} for row in rows]
+    assert routing.load_maps(run_of(tmp_path, both))[0].heading == "MoE layer 1"

@@ -12,7 +12,7 @@ import pytest
 from sparse_lm.evals.perplexity import Evaluation
 from sparse_lm.models.reports import DepthStats
 from sparse_lm.moe.types import HISTOGRAM_BINS, POSITION_BINS, DispatchStats, LayerStats, RouterStats
-from sparse_lm.objectives.causal import LossParts
+from sparse_lm.objectives.causal import LossParts, RoutingParts
 from sparse_lm.train.rows import depth_row, gini, layer_arrays, train_row, validation_row
 from sparse_lm.train.step import StepMetrics
 
@@ -116,6 +116,26 @@ def test_the_layers_come_on_request():
     assert layers["entropy"] == [0.5, 0.7]
     assert layers["gate_histogram"][0] == [0, 0, 0, 10] + [0] * 16
     assert layers["dropped_by_position"] == [0.0] * 15 + [round(9 / 24, 5)]
+
+
+ATTENTION = {f"attention_{name}" for name in ROUTING - {"dropped_fraction", "gini", "kept_gate_mass", "served"}}
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_attention_experts_have_columns_of_their_own(sparse):
+    step = metrics(stats() if sparse else None)
+    attention = RoutingParts(host([1.5, 1.1]), host([2.0, 4.0]), stats())
+    row = train_row(7, dataclasses.replace(step, parts=dataclasses.replace(step.parts, attention=attention)), True)
+    assert row.keys() == BASE | (ROUTING if sparse else set()) | ATTENTION | {"layers"}
+    assert row["attention_load_balance"] == pytest.approx(1.3)
+    assert row["attention_router_z"] == pytest.approx(3.0)
+    assert row["attention_router_entropy"] == pytest.approx(12 / 20)
+    assert row["attention_max_violation"] == pytest.approx(0.25)
+    assert row["attention_declined_fraction"] == pytest.approx(4 / 40)
+    assert row["layers"]["attention_load"] == [[0.75, 0.25], [0.5, 0.5]]
+    assert ("load" in row["layers"]) == sparse
+    without = train_row(7, dataclasses.replace(step, parts=dataclasses.replace(step.parts, attention=attention)), False)
+    assert "layers" not in without
 
 
 def depth_stats() -> DepthStats:
