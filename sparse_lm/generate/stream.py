@@ -21,8 +21,8 @@ from sparse_lm.config import ConfigError
 from sparse_lm.generate.sample import Sampling, sample
 from sparse_lm.models.block import Block
 from sparse_lm.models.config import ModelConfig
-from sparse_lm.models.decoder import Decoder
-from sparse_lm.models.stack import Cache, Stack
+from sparse_lm.models.decoder import Decoder, DecoderCache
+from sparse_lm.models.stack import Stack
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
 
@@ -105,14 +105,14 @@ def _prefill(model: Decoder, tokens_BL, padding_B, key, sampling: Sampling, plac
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def _step(model: Decoder, tokens_B1, padding_B, start, cache: Cache, key, sampling: Sampling):
+def _step(model: Decoder, tokens_B1, padding_B, start, cache: DecoderCache, key, sampling: Sampling):
     return _advance(model, tokens_B1, padding_B, start, cache, key, sampling)
 
 
 def _advance(model, tokens_BL, padding_B, start, cache, key, sampling):
     """Tokens that follow these, and the cache with these in it."""
     rules, length = model.rules, tokens_BL.shape[1]
-    places = jax.tree.leaves(cache)[0].shape[2]
+    places = cache.tokens_BT.shape[1]
     # Places that are still to be written count as real: causality alone hides them.
     segments_BT = (jnp.arange(places) >= padding_B[:, None]).astype(jnp.int32)
     positions_BL = jnp.maximum(start + jnp.arange(length) - padding_B[:, None], 0)

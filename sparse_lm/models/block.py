@@ -25,7 +25,8 @@ class Context:
     """What every layer of a forward pass sees beside the activations.
 
     ids_BL: token ids. positions_BL, mask_BLT: see `Attention`. real_BL: False is padding. start: index in the cache of
-    the first token, or None without a cache.
+    the first token, or None without a cache. previous_BL: id of the token before in the same document, -1 where there
+    is none; None is -1 everywhere.
     """
 
     ids_BL: Int[Array, "B L"]
@@ -33,6 +34,7 @@ class Context:
     mask_BLT: Bool[Array, "B L T"]
     real_BL: Bool[Array, "B L"]
     start: jax.Array | None = None
+    previous_BL: Int[Array, "B L"] | None = None
 
 
 class Block(nnx.Module):
@@ -63,7 +65,9 @@ class Block(nnx.Module):
         inputs = self.attention_norm(x_BLD) if pre else x_BLD
         attention_stats = None
         if isinstance(self.attention, ExpertAttention):
-            seen = AttentionInputs(context.positions_BL, context.mask_BLT, context.real_BL, context.ids_BL)
+            seen = AttentionInputs(
+                context.positions_BL, context.mask_BLT, context.real_BL, context.ids_BL, context.previous_BL
+            )
             y_BLD, cache, attention_stats = self.attention(inputs, seen, attention_key, stored)
         else:
             y_BLD, cache = self.attention(inputs, context.positions_BL, context.mask_BLT, attention_key, stored)
@@ -72,7 +76,9 @@ class Block(nnx.Module):
         inputs = self.feed_forward_norm(x_BLD) if pre else x_BLD
         stats = None
         if isinstance(self.feed_forward, MoE):
-            y_BLD, stats = self.feed_forward(inputs, context.real_BL, feed_forward_key, context.ids_BL)
+            y_BLD, stats = self.feed_forward(
+                inputs, context.real_BL, feed_forward_key, context.ids_BL, context.previous_BL
+            )
         else:
             y_BLD = self.feed_forward(inputs, feed_forward_key)
         x_BLD = x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)

@@ -12,12 +12,29 @@ from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.depth import DepthCache
 from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Cache, Stack
+from sparse_lm.moe.types import pytree_dataclass
 from sparse_lm.nn.attention import KeyValues, causal_mask
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.embed import Embedding
 from sparse_lm.nn.norm import Norm
 from sparse_lm.nn.position import LearnedPositions, sinusoidal
 from sparse_lm.sharding import Rules
+
+
+@pytree_dataclass
+class DecoderCache:
+    """What the tokens so far have left: keys and values of every layer, and their ids, for routers that look back."""
+
+    layers: Cache
+    tokens_BT: Int[Array, "B T"]
+
+
+def previous_tokens(tokens_BL: Int[Array, "B L"], segments_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """The id of the token before each one, -1 where there is none in its document (segment), and in padding."""
+    before_BL = jnp.concatenate([tokens_BL[:, :1], tokens_BL[:, :-1]], axis=1)
+    # The first place has no segment of its own before it.
+    same_BL = jnp.concatenate([segments_BL[:, :1] < 0, segments_BL[:, 1:] == segments_BL[:, :-1]], axis=1)
+    return jnp.where(same_BL & (segments_BL > 0), before_BL, -1)
 
 
 class Decoder(nnx.Module):
@@ -48,11 +65,13 @@ class Decoder(nnx.Module):
 
         segments_BL, positions_BL: see `Batch`. key: None is evaluation.
         """
-        context = Context(tokens_BL, positions_BL, causal_mask(segments_BL, segments_BL), segments_BL > 0)
+        previous_BL = previous_tokens(tokens_BL, segments_BL)
+        mask_BLL = causal_mask(segments_BL, segments_BL)
+        context = Context(tokens_BL, positions_BL, mask_BLL, segments_BL > 0, previous_BL=previous_BL)
         logits_BLV, reports, _ = self._forward(tokens_BL, context, key, None)
         return logits_BLV, reports
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
+    def empty_cache(self, batch: int, length: int) -> DecoderCache:
         """Room for `length` tokens of `batch` sequences, in the compute dtype."""
         shape = (batch, length, self.config.kv_heads, self.config.width)
 
@@ -62,7 +81,8 @@ class Decoder(nnx.Module):
             taken_NBT = jnp.zeros((repeats, batch, length), bool)
             return DepthCache(stored, self.rules.constrain(taken_NBT, "NBT")) if kind.wrapped else stored
 
-        return tuple(tuple(room(repeats, kind) for kind in pattern) for repeats, pattern in self.stack.plan)
+        layers = tuple(tuple(room(repeats, kind) for kind in pattern) for repeats, pattern in self.stack.plan)
+        return DecoderCache(layers, self.rules.constrain(jnp.zeros((batch, length), jnp.int32), "BT"))
 
     def extend(
         self,
@@ -70,18 +90,21 @@ class Decoder(nnx.Module):
         segments_BT: Int[Array, "B T"],
         positions_BL: Int[Array, "B L"],
         start: Scalar,
-        cache: Cache,
-    ) -> tuple[Float[Array, "B L V"], Cache]:
+        cache: DecoderCache,
+    ) -> tuple[Float[Array, "B L V"], DecoderCache]:
         """Logits of L tokens that continue the cache at index `start`, and the cache with them in it.
 
         segments_BT: segment of every place of the cache, those of the new tokens included; 0 is padding.
         """
         segments_BL = jax.lax.dynamic_slice_in_dim(segments_BT, start, tokens_BL.shape[1], axis=1)
         mask_BLT = causal_mask(segments_BL, segments_BT, start)
-        context = Context(tokens_BL, positions_BL, mask_BLT, segments_BL > 0, start)
-        logits_BLV, _, extended = self._forward(tokens_BL, context, None, cache)
-        assert extended is not None
-        return logits_BLV, extended
+        tokens_BT = jax.lax.dynamic_update_slice_in_dim(cache.tokens_BT, tokens_BL, start, axis=1)
+        previous_BT = previous_tokens(tokens_BT, segments_BT)
+        previous_BL = jax.lax.dynamic_slice_in_dim(previous_BT, start, tokens_BL.shape[1], axis=1)
+        context = Context(tokens_BL, positions_BL, mask_BLT, segments_BL > 0, start, previous_BL)
+        logits_BLV, _, layers = self._forward(tokens_BL, context, None, cache.layers)
+        assert layers is not None
+        return logits_BLV, DecoderCache(layers, tokens_BT)
 
     def _forward(self, tokens_BL, context, key, cache):
         embed_key, stack_key = split_keys(key, 2)

@@ -13,12 +13,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What a router sees of one group. ids_S: token ids. slots: per expert."""
+    """What a router sees of one group. ids_S: token ids. slots: per expert. previous_S: ids before, -1 for none."""
 
     x_SD: np.ndarray
     mask_S: np.ndarray
     ids_S: np.ndarray
     slots: int
+    previous_S: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

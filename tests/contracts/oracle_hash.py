@@ -42,9 +42,10 @@ def decide(problem, group: Group) -> Choice:
     num_experts, top_k = config.num_experts, config.top_k
     table = listed(router.frequencies, num_experts, top_k)
     seed = int(problem.state["seed"])
-    candidate_SK = np.array(
-        [table.get(int(token)) or hashed(int(token), seed, num_experts, top_k) for token in group.ids_S]
-    )
+    words = [int(token) for token in group.ids_S]
+    if router.mode == "bigram":
+        words = [word + mixed(int(before) + 1) for before, word in zip(group.previous_S, words, strict=True)]
+    candidate_SK = np.array([table.get(word) or hashed(word, seed, num_experts, top_k) for word in words])
     probability_SE = np.zeros((len(candidate_SK), num_experts))
     np.put_along_axis(probability_SE, candidate_SK, 1 / top_k, axis=1)
     return Choice(

@@ -16,6 +16,7 @@ from sparse_lm.models.config import DepthConfig, ModelConfig
 from sparse_lm.models.decoder import Decoder, build_decoder
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.routers.hash import Hash
 from sparse_lm.sharding import DEFAULT
 
 GREEDY, KEY = Sampling(0.0), jax.random.key(11)
@@ -27,6 +28,7 @@ CONFIGS = {
     "gqa_unrolled": BASE.replace(num_kv_heads=2, scan_layers=False),
     "sinusoidal_post": BASE.replace(position="sinusoidal", norm_position="post", num_kv_heads=1),
     "moe": BASE.replace(moe=SPARSE),
+    "bigram": BASE.replace(moe=dataclasses.replace(SPARSE, router=Hash(mode="bigram"))),
     "moe_learned": BASE.replace(
         position="learned",
         norm="layernorm",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 
 from sparse_lm.models.config import ModelConfig
-from sparse_lm.models.decoder import Decoder, build_decoder
+from sparse_lm.models.decoder import Decoder, build_decoder, previous_tokens
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.routers.hash import Hash, bigrams, hashed_experts
 from sparse_lm.sharding import DEFAULT
 
 TOKENS_BL = jnp.asarray([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
@@ -93,9 +96,79 @@ def test_continuing_with_a_cache_equals_the_whole(parts, scan_layers):
         start += length
 
 
+def test_the_token_before_by_hand():
+    tokens_BL = jnp.array([[5, 6, 7, 8, 9, 9], [0, 3, 3, 4, 0, 2]])
+    segments_BL = jnp.array([[1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 0, 3]])
+    expected = [[-1, 5, -1, 7, 8, -1], [-1, -1, -1, 3, -1, -1]]
+    np.testing.assert_array_equal(previous_tokens(tokens_BL, segments_BL), expected)
+
+
+BIGRAM = MoEConfig(num_experts=8, top_k=2, every=1, router=Hash(mode="bigram"), capacity_factor_eval=None)
+
+
+@functools.cache
+def bigram_logits(scan_layers: bool = True):
+    """Logits of a model that routes by bigrams, and the model."""
+    model = build(moe=BIGRAM, scan_layers=scan_layers)
+    return logits_of(model), model
+
+
+def test_routing_by_bigrams_sees_the_token_before_and_no_other():
+    """The loads of the first layer are those of hashed pairs, documents apart."""
+    _, model = bigram_logits()
+
+    def loads(tokens_BL, segments_BL=SEGMENTS_BL):
+        reports = jax.jit(lambda *inputs: model(*inputs)[1])(jnp.asarray(tokens_BL), segments_BL, POSITIONS_BL)
+        return np.asarray(reports.feed_forward.router.load_UE[0]).reshape(-1, 8).sum(0)
+
+    tokens_BL = np.array(TOKENS_BL)
+    previous_BL = np.asarray(previous_tokens(TOKENS_BL, SEGMENTS_BL))
+    ids_BL = bigrams(jnp.asarray(previous_BL), TOKENS_BL)
+    seed = model.stack.units[0].blocks[0].feed_forward.router.seed[...][0]  # type: ignore[union-attr]
+    real_BL1 = np.asarray(SEGMENTS_BL > 0)[..., None]
+    expert_BLK = np.where(real_BL1, hashed_experts(ids_BL, seed, 8, 2), 8)
+    np.testing.assert_array_equal(loads(tokens_BL), np.bincount(expert_BLK.ravel(), minlength=9)[:8])
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("parts", [(6,), (2, 4), (1, 1, 1, 1, 1, 1)])
+def test_bigrams_reach_back_over_the_start_of_what_continues_a_cache(parts, scan_layers):
+    whole, model = bigram_logits(scan_layers)
+    extend = jax.jit(lambda model, *inputs: model.extend(*inputs))
+    cache, start = model.empty_cache(2, 6), 0
+    for length in parts:
+        part = slice(start, start + length)
+        logits, cache = extend(model, TOKENS_BL[:, part], SEGMENTS_BL, POSITIONS_BL[:, part], jnp.asarray(start), cache)
+        np.testing.assert_allclose(logits, whole[:, part], rtol=1e-4, atol=1e-5)
+        start += length
+    np.testing.assert_array_equal(cache.tokens_BT, TOKENS_BL)
+    if parts == (2, 4):  # without what the cache remembers, the first of the four is hashed alone, and differs
+        forgetful = dataclasses.replace(cache, tokens_BT=jnp.zeros_like(cache.tokens_BT))
+        logits, _ = extend(model, TOKENS_BL[:, 2:], SEGMENTS_BL, POSITIONS_BL[:, 2:], jnp.asarray(2), forgetful)
+        assert np.abs(logits - whole[:, 2:]).max() > 1e-3
+
+
+def test_bigrams_on_a_mesh_are_the_same(mesh_of):
+    whole, _ = bigram_logits()
+    with jax.set_mesh(mesh_of(data=2, expert=2)):
+        model = build(moe=BIGRAM)
+        rows = [DEFAULT.constrain(jnp.tile(x, (2, 1)), "BL") for x in (TOKENS_BL, SEGMENTS_BL, POSITIONS_BL)]
+        logits, _ = jax.jit(lambda model, *inputs: model(*inputs))(model, *rows)
+        cache, found = model.empty_cache(4, 6), []
+        for start in (0, 3):
+            part = [x[:, start : start + 3] for x in rows]
+            step, cache = jax.jit(lambda model, *inputs: model.extend(*inputs))(
+                model, part[0], rows[1], part[2], jnp.asarray(start), cache
+            )
+            found.append(np.asarray(step))
+    np.testing.assert_allclose(logits, np.tile(whole, (2, 1, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), np.tile(whole, (2, 1, 1)), rtol=1e-4, atol=1e-5)
+
+
 def test_the_cache_has_the_compute_type_and_room_for_every_layer():
     cache = build(dtype="bfloat16").empty_cache(3, 5)
-    leaves = jax.tree.leaves(cache)
+    assert cache.tokens_BT.shape == (3, 5)
+    leaves = jax.tree.leaves(cache.layers)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
     assert {leaf.shape[1:] for leaf in leaves} == {(3, 5, 2, 2)}
     assert sum(leaf.shape[0] for leaf in leaves) == 2 * 3  # keys and values of three layers

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparse_lm.config import ConfigError, from_dict, to_dict
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.routers import RouterShape
-from sparse_lm.moe.routers.hash import Hash, balanced_table, hashed_experts
+from sparse_lm.moe.routers.hash import Hash, balanced_table, bigrams, hashed_experts
 from sparse_lm.moe.types import RouterInputs
 from sparse_lm.sharding import DEFAULT
 
@@ -119,6 +119,42 @@ def test_balanced_is_better_than_random_on_skewed_ids():
         load_E = np.bincount(expert_S, weights=frequencies, minlength=4)
         loads.append(load_E.max() / load_E.mean())
     assert loads[0] < 1.001 < loads[1]
+
+
+def test_bigrams_by_hand():
+    """No token before is the id itself; 0 before is the id plus mix(1); the pair, not the set, counts."""
+    got = bigrams(jnp.array([[-1, 0, 3, 5]]), jnp.array([[7, 7, 5, 3]]))
+    mixed = 1 * 0x7FEB352D % 2**32
+    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B % 2**32
+    mixed ^= mixed >> 16
+    np.testing.assert_array_equal(got[0, :2], [7, (7 + mixed) % 2**32])
+    assert got[0, 2] != got[0, 3]
+
+
+def test_all_pairs_of_a_vocabulary_have_words_of_their_own():
+    pairs = np.mgrid[-1:300, 0:300].reshape(2, 1, -1)
+    words = np.asarray(bigrams(jnp.asarray(pairs[0]), jnp.asarray(pairs[1])))
+    assert len(np.unique(words)) > pairs.shape[-1] - 10  # 90 300 of 2^32: one collision is likely, ten are not
+
+
+def route_pairs(config: Hash, previous, ids, num_experts: int = 8):
+    router = config.build(jax.random.key(0), RouterShape(4, num_experts, 1), DEFAULT)
+    ids_GS, mask_GS = jnp.asarray(ids, jnp.int32)[None], jnp.ones((1, len(ids)), bool)
+    previous_GS = None if previous is None else jnp.asarray(previous, jnp.int32)[None]
+    inputs = RouterInputs(jnp.zeros((1, len(ids), 4)), mask_GS, ids_GS, len(ids), previous_GS)
+    return np.asarray(router(inputs, None)[0].expert_GSK)[0, :, 0]
+
+
+def test_bigrams_go_by_the_token_before_and_alone_like_random():
+    ids = np.full(4000, 17)
+    experts = route_pairs(Hash(mode="bigram"), np.arange(4000), ids)
+    counts = np.bincount(experts, minlength=8)
+    assert np.sum((counts - 500) ** 2 / 500) < 24.3  # chi squared with 7 degrees of freedom, 0.999
+    np.testing.assert_array_equal(route_pairs(Hash(mode="bigram"), np.arange(4000), ids), experts)
+    alone = route_pairs(Hash(), np.arange(4000), ids)
+    assert len(set(alone)) == 1
+    np.testing.assert_array_equal(route_pairs(Hash(mode="bigram"), np.full(4000, -1), ids), alone)
+    np.testing.assert_array_equal(route_pairs(Hash(mode="bigram"), None, ids), alone)
 
 
 def test_gates_padding_and_scores():

@@ -123,7 +123,8 @@ class MixtureAttention(ExpertAttention):
         rules, shape, dtype = self.rules, self.shape, x_BLD.dtype
         router_key, weights_key, out_key = split_keys(key, 3)
         # Nothing is dropped, so that every expert has room for a whole row.
-        asked = RouterInputs(x_BLD, inputs.real_BL, inputs.ids_BL, inputs.real_BL.shape[1])
+        room = inputs.real_BL.shape[1]
+        asked = RouterInputs(x_BLD, inputs.real_BL, inputs.ids_BL, room, inputs.previous_BL)
         decision, scores = self.router(asked, router_key)
         chosen_BLKE = jax.nn.one_hot(decision.expert_GSK, self.config.num_experts, dtype=jnp.float32)
         gate_BLK = self._gates(decision.gate_GSK)

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer, UInt
 
 from sparse_lm.config import ConfigError, option
 from sparse_lm.moe.routers.base import Router, RouterConfig, RouterShape, RouterState
@@ -24,8 +24,9 @@ class Hash(RouterConfig):
 
     mode: `random` (each id gets the k experts with the highest hash of (id, expert), so that they are distinct and no
         vocabulary size is needed; every layer has a hash of its own, whose seed is drawn from the layer's key and kept
-        in checkpoints), or `balanced` (ids, most frequent first, go to the k experts with the least load so far: the
-        paper's balanced assignment; the same table in every layer).
+        in checkpoints), `bigram` (the same of the id and the one before it in the same document; convention: a
+        document's first token is hashed alone, as under `random`), or `balanced` (ids, most frequent first, go to the
+        k experts with the least load so far: the paper's balanced assignment; the same table in every layer).
     frequencies: for `balanced`, how often each id occurs, from id 0 on, in any unit; ids beyond are hashed.
     gate: `one` (with k > 1 the experts' outputs add up, as in the paper's MultiHash, whose slices of one feed-forward
         layer are experts of width d_ff / k here), or `mean` (1 / k each).
@@ -36,7 +37,7 @@ class Hash(RouterConfig):
     kind = "hash"
     learned = False
 
-    mode: Literal["random", "balanced"] = "random"
+    mode: Literal["random", "bigram", "balanced"] = "random"
     frequencies: tuple[float, ...] = option(())
     gate: Literal["one", "mean"] = "one"
 
@@ -68,7 +69,10 @@ class HashRouter(Router):
     def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
         """See `Router`."""
         num_experts, top_k = self.shape.num_experts, self.shape.top_k
-        expert_GSK = hashed_experts(inputs.ids_GS, self.seed[...], num_experts, top_k)
+        ids_GS = inputs.ids_GS
+        if self.config.mode == "bigram" and inputs.previous_GS is not None:
+            ids_GS = bigrams(inputs.previous_GS, ids_GS)
+        expert_GSK = hashed_experts(ids_GS, self.seed[...], num_experts, top_k)
         if self.config.mode == "balanced":
             table_VK = balanced_table(self.config.frequencies, num_experts, top_k)
             known_GS = inputs.ids_GS < len(table_VK)
@@ -85,7 +89,7 @@ class HashRouter(Router):
         return decision, Scores(probability_GSE, jnp.zeros_like(probability_GSE[..., 0]))
 
 
-def hashed_experts(ids_GS: Int[Array, "G S"], seed: jax.Array, num_experts: int, top_k: int) -> Int[Array, "G S K"]:
+def hashed_experts(ids_GS: Integer[Array, "G S"], seed: jax.Array, num_experts: int, top_k: int) -> Int[Array, "G S K"]:
     """The k experts with the highest hash of (seed, id, expert): distinct, and for random ids all equally likely.
 
     Convention of rendezvous hashing (Thaler and Ravishankar 1998): with more experts an id either keeps its expert or
@@ -96,6 +100,14 @@ def hashed_experts(ids_GS: Int[Array, "G S"], seed: jax.Array, num_experts: int,
     # 31 bits, since sorting signed numbers works everywhere.
     hash_GSE = (_mix(id_GS1 + expert_E) >> 1).astype(jnp.int32)
     return jax.lax.top_k(hash_GSE, top_k)[1]
+
+
+def bigrams(previous_GS: Int[Array, "G S"], ids_GS: Int[Array, "G S"]) -> UInt[Array, "G S"]:
+    """A 32-bit word for each pair of ids, to be hashed like an id; where previous is -1 it is the id itself.
+
+    Two pairs share a word by chance alone, once in 2^32.
+    """
+    return ids_GS.astype(jnp.uint32) + _mix((previous_GS + 1).astype(jnp.uint32))
 
 
 def _mix(x: jax.Array) -> jax.Array:
