@@ -28,6 +28,7 @@ class Hash(RouterConfig):
         document's first token is hashed alone, as under `random`), or `balanced` (ids, most frequent first, go to the
         k experts with the least load so far: the paper's balanced assignment; the same table in every layer).
     frequencies: for `balanced`, how often each id occurs, from id 0 on, in any unit; ids beyond are hashed.
+        `sparse_lm.data.counts.token_counts` counts those of the training rows.
     gate: `one` (with k > 1 the experts' outputs add up, as in the paper's MultiHash, whose slices of one feed-forward
         layer are experts of width d_ff / k here), or `mean` (1 / k each).
     The paper's own layers drop nothing: both capacity factors None. The balance losses have no gradient here
