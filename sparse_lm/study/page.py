@@ -20,6 +20,12 @@ EXPLANATION = (
 )
 
 
+# Words of these tables are names and numbers, which must not be broken within.
+_STYLE = (
+    "<style>.study td, .study th { overflow-wrap: normal; padding-right: 14px; } td.n { white-space: nowrap; }</style>"
+)
+
+
 def render(results: Results) -> str:
     """The page as HTML."""
     study, plan = results.plan.study, results.plan
@@ -39,14 +45,15 @@ def render(results: Results) -> str:
     head, rows = variant_rows(results)
     claim_head, claims = claim_rows(results)
     parts = [
+        _STYLE,
         f'<h1>{escape(study.name)}</h1>\n<p>{escape(study.question)}</p>\n<p class="muted">{escape(source)}</p>',
         f'<div class="tiles">{"".join(tiles)}</div>',
         f"<p>{escape(power_sentence(results))}</p>",
         "<h2>Claims</h2>",
-        table(claim_head, claims, numeric=(4, 5, 6, 7)),
+        _study(table(claim_head, claims, numeric=(4, 5, 6, 7))),
         f'<p class="muted">{escape(EXPLANATION)}</p>',
         "<h2>Variants</h2>",
-        table(head, rows, numeric=tuple(range(1, len(head)))),
+        _study(table(head, rows, numeric=tuple(range(1, len(head))))),
         cards(figures(results)),
     ]
     if results.failures:
@@ -55,6 +62,10 @@ def render(results: Results) -> str:
     parts += [f"<p>{escape(study.notes)}</p>"] if study.notes else []
     parts += [f"<p><code>{escape(results.command)}</code></p>"] if results.command else []
     return page(f"{study.name} - sparse_lm", "\n".join(parts))
+
+
+def _study(markup: str) -> str:
+    return f'<div class="study">{markup}</div>'
 
 
 def write_page(results: Results, directory: Path) -> Path:

@@ -122,7 +122,10 @@ def claim_plot(results: Results) -> list[Figure]:
             low, high = (one.interval.low, one.interval.high) if one.interval else (None, None)
             label = f"{one.comparison.a} - {one.comparison.b}"
             mean, color = summary(one.differences).mean, VERDICT_COLORS[one.verdict]
-            rows.setdefault(judged.measure, []).append(DotRow(label, one.differences, mean, low, high, color))
+            row = DotRow(label, one.differences, mean, low, high, color)
+            # Two claims may rest on the same comparison.
+            if row not in rows.setdefault(judged.measure, []):
+                rows[judged.measure].append(row)
     caption = "Circles are seeds, the bar is the bootstrap interval. Left of 0 the first is lower. "
     caption += "Green: shown; orange: contradicted; grey: not shown (also in the table)."
     return [
