@@ -177,12 +177,12 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense model whose feed-forward layers cost each token as many FLOPs, and active parameters, as `config`'s.
 
     Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert. The router is
-    extra in the sparse model and has no counterpart. Attention experts become one attention with as many
-    heads as a token has. Where tokens skip layers, the twin has as many layers as a token
-    passes on average, rounded, and the hidden width that gives its products with weights the same FLOPs.
+    extra in the sparse model and has no counterpart. Attention experts become one attention with as many heads as a
+    token has. Where tokens skip layers, the twin has as many layers as a token passes on average, rounded, and the
+    hidden width that gives its products with weights the same FLOPs.
 
-    Raises `ConfigError` when the model is dense already, and when
-    its dense layers are of another width: no single d_ff then matches every layer.
+    Raises `ConfigError` when the model is dense already, when its dense layers are of another width (no single d_ff
+    then matches every layer), and when skipping leaves the twin no FLOPs for feed-forward layers.
     """
     if config.depth is not None:
         return _depth_twin(config)
