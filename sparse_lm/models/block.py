@@ -12,6 +12,7 @@ from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.reports import Reports
 from sparse_lm.moe.attention import AttentionInputs, ExpertAttention
 from sparse_lm.moe.layer import MoE
+from sparse_lm.moe.types import Replay
 from sparse_lm.nn.attention import Attention, KeyValues
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.nn.mlp import Mlp
@@ -26,7 +27,7 @@ class Context:
 
     ids_BL: token ids. positions_BL, mask_BLT: see `Attention`. real_BL: False is padding. start: index in the cache of
     the first token, or None without a cache. previous_BL: id of the token before in the same document, -1 where there
-    is none; None is -1 everywhere.
+    is none; None is -1 everywhere. replay: see `moe.types.Replay`, of this layer, or of all stacked in a whole model.
     """
 
     ids_BL: Int[Array, "B L"]
@@ -35,6 +36,7 @@ class Context:
     real_BL: Bool[Array, "B L"]
     start: jax.Array | None = None
     previous_BL: Int[Array, "B L"] | None = None
+    replay: Replay | None = None
 
 
 class Block(nnx.Module):
@@ -77,7 +79,7 @@ class Block(nnx.Module):
         stats = None
         if isinstance(self.feed_forward, MoE):
             y_BLD, stats = self.feed_forward(
-                inputs, context.real_BL, feed_forward_key, context.ids_BL, context.previous_BL
+                inputs, context.real_BL, feed_forward_key, context.ids_BL, context.previous_BL, context.replay
             )
         else:
             y_BLD = self.feed_forward(inputs, feed_forward_key)

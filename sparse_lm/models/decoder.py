@@ -12,7 +12,7 @@ from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.depth import DepthCache
 from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Cache, Stack
-from sparse_lm.moe.types import pytree_dataclass
+from sparse_lm.moe.types import Replay, pytree_dataclass
 from sparse_lm.nn.attention import KeyValues, causal_mask
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.embed import Embedding
@@ -60,14 +60,18 @@ class Decoder(nnx.Module):
         segments_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
         key: jax.Array | None = None,
+        replay: Replay | None = None,
     ) -> tuple[Float[Array, "B L V"], Reports]:
         """Float32 logits and what the layers report.
 
-        segments_BL, positions_BL: see `Batch`. key: None is evaluation.
+        segments_BL, positions_BL: see `Batch`. key: None is evaluation. replay: see `moe.types.Replay`; forced
+        decisions are stacked over the sparse layers, as they are handed out. Raises `ValueError` when they are of
+        another number of layers, and in training with layers that tokens may skip.
         """
+        self._check(replay, key)
         previous_BL = previous_tokens(tokens_BL, segments_BL)
         mask_BLL = causal_mask(segments_BL, segments_BL)
-        context = Context(tokens_BL, positions_BL, mask_BLL, segments_BL > 0, previous_BL=previous_BL)
+        context = Context(tokens_BL, positions_BL, mask_BLL, segments_BL > 0, previous_BL=previous_BL, replay=replay)
         logits_BLV, reports, _ = self._forward(tokens_BL, context, key, None)
         return logits_BLV, reports
 
@@ -105,6 +109,18 @@ class Decoder(nnx.Module):
         logits_BLV, _, layers = self._forward(tokens_BL, context, None, cache.layers)
         assert layers is not None
         return logits_BLV, DecoderCache(layers, tokens_BT)
+
+    def _check(self, replay: Replay | None, key: jax.Array | None) -> None:
+        if replay is None:
+            return
+        if self.config.depth is not None and key is not None:
+            raise ValueError(
+                "model.depth: in training other tokens reach other layers, so that no replay fits; use key=None"
+            )
+        layers = sum(self.config.sparse)
+        if replay.forced is not None and replay.forced.expert_GSK.shape[0] != layers:
+            got = replay.forced.expert_GSK.shape[0]
+            raise ValueError(f"the forced decisions are of {got} layers and the model has {layers} sparse ones")
 
     def _forward(self, tokens_BL, context, key, cache):
         embed_key, stack_key = split_keys(key, 2)

@@ -7,6 +7,7 @@ checkpoint does not depend on `scan_layers`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Self, TypeVar
 
@@ -20,7 +21,7 @@ from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.depth import Depth, DepthCache
 from sparse_lm.models.reports import Reports, concatenate, flatten, stack
 from sparse_lm.moe.layer import MoE
-from sparse_lm.moe.types import LayerStats, RouterStats
+from sparse_lm.moe.types import LayerStats, Replay, RouterStats
 from sparse_lm.nn.attention import KeyValues
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.sharding import Rules
@@ -51,9 +52,13 @@ class Unit(nnx.Module):
         self, x_BLD: jax.Array, context: Context, key: jax.Array | None, caches: tuple[BlockCache, ...] | None
     ) -> tuple[jax.Array, Reports, tuple[BlockCache, ...] | None]:
         """Runs the layers; the reports of each kind are stacked."""
-        reports, stored = [], []
+        reports, stored, replay, sparse = [], [], context.replay, 0
         keys = split_keys(key, len(self.blocks))
         for i, block in enumerate(self.blocks):
+            if replay is not None and isinstance(block.feed_forward, MoE):
+                # Its own decisions, of those of the sparse layers of this unit.
+                own = jax.tree.map(lambda leaf, n=sparse: leaf[n], replay)
+                context, sparse = dataclasses.replace(context, replay=own), sparse + 1
             cache = None if caches is None else caches[i]
             # A block's cache is of its own kind.
             x_BLD, report, cache = block(x_BLD, context, keys[i], cache)  # type: ignore[arg-type]
@@ -97,12 +102,15 @@ class Stack(nnx.Module):
         self, x_BLD: Float[Array, "B L D"], context: Context, key: jax.Array | None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Reports, Cache | None]:
         """The last layer's output; the layers' reports, each kind stacked over the layers that make it; the cache."""
-        all_reports, all_caches = [], []
+        all_reports, all_caches, start = [], [], 0
         keys = split_keys(key, len(self.plan))
-        for i, (repeats, _) in enumerate(self.plan):
+        for i, (repeats, pattern) in enumerate(self.plan):
+            places = sum(kind.sparse for kind in pattern)
+            replay = _by_unit(context.replay, start, repeats, places)
+            start += repeats * places
             layer_key = keys[i]
             layer_keys = None if layer_key is None else jax.random.split(layer_key, repeats)
-            inputs = (self.units[i], layer_keys, None if cache is None else cache[i])
+            inputs = (self.units[i], layer_keys, None if cache is None else cache[i], replay)
             x_BLD, (reports, stored) = self._run(x_BLD, context, inputs, repeats)
             all_reports.append(flatten(reports))
             all_caches.append(stored)
@@ -137,8 +145,8 @@ class Stack(nnx.Module):
 
     def _run(self, x_BLD, context, inputs, repeats):
         def body(x_BLD, inputs):
-            unit, key, caches = inputs
-            x_BLD, reports, caches = unit(x_BLD, context, key, caches)
+            unit, key, caches, replay = inputs
+            x_BLD, reports, caches = unit(x_BLD, dataclasses.replace(context, replay=replay), key, caches)
             return x_BLD, (reports, caches)
 
         if self.config.remat != "none":
@@ -150,3 +158,11 @@ class Stack(nnx.Module):
             x_BLD, output = body(x_BLD, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
             outputs.append(output)
         return x_BLD, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+
+def _by_unit(replay: Replay | None, start: int, repeats: int, places: int) -> Replay | None:
+    """Decisions of all sparse layers -> [repeats, places, ...], those of the segment that begins at layer `start`."""
+    if replay is None or not places:
+        return replay if replay is None else Replay(record=replay.record)
+    stop = start + repeats * places
+    return jax.tree.map(lambda leaf: leaf[start:stop].reshape(repeats, places, *leaf.shape[1:]), replay)

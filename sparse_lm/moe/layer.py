@@ -12,11 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
+from sparse_lm.moe.free import FreeExperts, combine
 from sparse_lm.moe.routers import RouterShape
 from sparse_lm.moe.shared import SharedExperts
 from sparse_lm.moe.slots import SlotRule, capacity
 from sparse_lm.moe.stats import dispatch_stats, router_stats
-from sparse_lm.moe.types import LayerStats, RouterInputs
+from sparse_lm.moe.types import LayerStats, Replay, RouterInputs, TokenChoice
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.sharding import Rules
 
@@ -27,9 +28,13 @@ class MoE(nnx.Module):
     def __init__(self, key: jax.Array, d_model: int, d_expert: int, kind: str, config: MoEConfig, rules: Rules):
         router, experts, shared = jax.random.split(key, 3)
         self.config, self.rules = config, rules
-        self.router = config.router.build(router, RouterShape(d_model, config.num_experts, config.top_k), rules)
+        self.router = config.router.build(router, RouterShape(d_model, config.num_choices, config.top_k), rules)
         sizes = (config.num_experts, d_model, d_expert)
         self.experts = Experts(experts, sizes, kind, config.init_scale, config.expert_dropout, config.expert_bias)
+        free = (config.num_zero, config.num_copy, config.num_constant)
+        self.free = (
+            FreeExperts(jax.random.fold_in(key, 3), d_model, config.num_experts, free, rules) if config.num_free else None
+        )
         beside = (d_model, config.shared_width(d_expert))
         self.shared = (
             SharedExperts(shared, beside, kind, rules, config.shared_gate, config.expert_dropout)
@@ -44,6 +49,7 @@ class MoE(nnx.Module):
         key: jax.Array | None = None,
         ids_BL: Int[Array, "B L"] | None = None,
         previous_BL: Int[Array, "B L"] | None = None,
+        replay: Replay | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerStats]:
         """The experts' output and the statistics of the routing.
 
@@ -66,7 +72,12 @@ class MoE(nnx.Module):
         if config.priority == "random" and order_key is not None:
             order_GS = rules.constrain(jax.random.uniform(order_key, mask_GS.shape), "GS")
             decision = dataclasses.replace(decision, order_GS=order_GS)
-        y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, decision, expert_key)
+        if replay is not None and replay.forced is not None:
+            decision = _forced(replay.forced, decision)
+        sent = decision if self.free is None else self.free.others(decision)
+        y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, sent, expert_key)
+        if self.free is not None:
+            y_GSD, kept_GSK = combine(self.free, x_GSD, decision, y_GSD, kept_GSK, self._after_drop)
         y_BLD = self._ungrouped(y_GSD, x_BLD.shape)
         if self.shared is not None:
             y_BLD = self.shared(x_BLD, y_BLD, shared_key)
@@ -74,6 +85,7 @@ class MoE(nnx.Module):
         stats = LayerStats(
             router_stats(decision, scores, mask_GS, unit, rules),
             dispatch_stats(decision, kept_GSK, mask_GS),
+            decision if replay is not None and replay.record else None,
         )
         return y_BLD, stats
 
@@ -93,16 +105,32 @@ class MoE(nnx.Module):
             y_GSD = jnp.swapaxes(y_GLSD, 1, 2)
         return self.rules.reshape(y_GSD, shape, "BLD")
 
+    @property
+    def _after_drop(self) -> bool:
+        return getattr(self.config.router, "renormalise", "none") == "after_drop"
+
     def dispatcher(self, size: int, training: bool):
         """The dispatcher for groups of `size` tokens."""
         config = self.config
         factor = config.capacity_factor if training else config.capacity_factor_eval
         slots = SlotRule(
-            capacity(factor, config.top_k, size, config.num_experts),
+            capacity(factor, config.top_k, size, config.worth),
             config.priority,
-            renormalise=getattr(config.router, "renormalise", "none") == "after_drop",
+            # With free experts the dispatcher does not see all that is kept.
+            renormalise=self._after_drop and self.free is None,
         )
         return DISPATCHERS[config.dispatcher](slots, self.rules)
+
+
+def _forced(forced: TokenChoice, own: TokenChoice) -> TokenChoice:
+    """The forced decision. Raises `ValueError` when it was made for other groups."""
+    got, here = forced.expert_GSK.shape[:2], own.expert_GSK.shape[:2]
+    if got != here:
+        raise ValueError(
+            f"the forced decisions are of {got[0]} groups of {got[1]} tokens, the layer routes {here[0]} of {here[1]}; "
+            "replay the batch that was recorded, with the same group_size and grouping"
+        )
+    return forced
 
 
 def rows_together(config: MoEConfig, length: int) -> int:

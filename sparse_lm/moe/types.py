@@ -45,10 +45,22 @@ class TokenChoice:
     gate_on: whether the gate multiplies the expert's `output`, or its `input` (Llama 4).
     """
 
-    expert_GSK: Int[Array, "G S K"]
-    gate_GSK: Float[Array, "G S K"]
-    order_GS: Float[Array, "G S"] | None = None
+    expert_GSK: Int[Array, "*N G S K"]
+    gate_GSK: Float[Array, "*N G S K"]
+    order_GS: Float[Array, "*N G S"] | None = None
     gate_on: Literal["output", "input"] = dataclasses.field(default="output", metadata={"static": True})
+
+
+@pytree_dataclass
+class Replay:
+    """Decisions to be handed out, or to be taken from an earlier run instead of the routers' own.
+
+    forced: replaces what the router decided, gates included; None leaves it. The router's scores stay its own, and so
+    do its losses. record: hand out the decisions that were used, in `LayerStats.decision`.
+    """
+
+    forced: TokenChoice | None = None
+    record: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @pytree_dataclass
@@ -110,7 +122,11 @@ class DispatchStats:
 
 @pytree_dataclass
 class LayerStats:
-    """All that a sparse layer reports, layers stacked in front when it comes out of a model."""
+    """All that a sparse layer reports, layers stacked in front when it comes out of a model.
+
+    decision: what was decided, if it was asked for (`Replay`); it does not add up like the rest.
+    """
 
     router: RouterStats
     dispatch: DispatchStats
+    decision: TokenChoice | None = None

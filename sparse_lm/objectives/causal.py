@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Scalar
 from sparse_lm.batch import Batch
 from sparse_lm.models.reports import DepthStats, Reports
 from sparse_lm.moe.balance import router_losses, weighted
-from sparse_lm.moe.config import BalanceConfig
+from sparse_lm.moe.config import BalanceConfig, HeterogeneousBalance
 from sparse_lm.moe.types import LayerStats, RouterStats, pytree_dataclass
 
 Apply = Callable[..., tuple[jax.Array, Reports]]
@@ -96,9 +96,9 @@ def causal_loss(
 
     apply: (tokens, segments, positions, key) -> (logits, reports). balance: None in a dense model. attention_balance:
     None where attention has no experts.
-    The loss is cross-entropy + sum over sparse layers of (each loss of `moe.balance.router_losses` with its weight
-    in `balance` + the router's own penalty) + depth_weight * sum over wrapped layers of the predictor's cross-entropy per token;
-    attention experts add theirs with the weights of attention_balance.
+    The loss is cross-entropy + sum over sparse layers of (each loss of `moe.balance.router_losses` with its
+    weight in `balance` + the router's own penalty) + depth_weight * sum over wrapped layers of the predictor's
+    cross-entropy per token; attention experts add theirs with the weights of attention_balance.
     """
     logits_BLV, reports = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
     weight_BL = predicted(batch).astype(jnp.float32)
@@ -137,7 +137,8 @@ def _routing_losses(
     router = stats.router
     if balance.scope == "global":
         whole_NE = jnp.sum(router.load_UE, axis=1) if whole_NE is None else whole_NE
-    losses = router_losses(router, tokens, whole_NE if balance.scope == "global" else None)
+    expert_weights = balance.expert_weights if isinstance(balance, HeterogeneousBalance) else None
+    losses = router_losses(router, tokens, whole_NE if balance.scope == "global" else None, expert_weights)
     penalty = jnp.sum(jnp.sum(router.penalty_U, axis=1) / jnp.maximum(tokens, 1))
     summed = {name: jnp.sum(value, axis=1, keepdims=True) for name, value in vars(router).items()}
     parts = RoutingParts(losses["load"], losses["z"], LayerStats(type(router)(**summed), stats.dispatch))
