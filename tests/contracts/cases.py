@@ -159,7 +159,7 @@ MESH_CASES = ("switch_shared", "top2_after_drop")  # top-1 and top-2, with and w
 KIND_CASES = {kind: name for name, case in reversed(ROUTER_CASES.items()) if (kind := case.moe.router.kind) != "top_k"}
 
 # Options of a router that compute in another way on a mesh, and so are run on it too.
-VARIANT_CASES = ("expert_choice_limited", "llama4", "gpt_oss", "qwen2", "residual")
+VARIANT_CASES = ("expert_choice_limited", "hash_bigram", "llama4", "gpt_oss", "qwen2", "residual")
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparse_lm.config import ConfigError, from_dict, to_dict
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.routers import RouterShape
 from sparse_lm.moe.routers.hash import Hash, balanced_table, bigrams, hashed_experts
 from sparse_lm.moe.types import RouterInputs
@@ -155,6 +156,23 @@ def test_bigrams_go_by_the_token_before_and_alone_like_random():
     assert len(set(alone)) == 1
     np.testing.assert_array_equal(route_pairs(Hash(mode="bigram"), np.full(4000, -1), ids), alone)
     np.testing.assert_array_equal(route_pairs(Hash(mode="bigram"), None, ids), alone)
+
+
+def test_the_layer_groups_the_token_before_like_the_token():
+    """Without drops, groups decide nothing: small ones, wide ones and those by position give the same outputs."""
+    ids_BL = jax.random.randint(jax.random.key(1), (4, 6), 0, 9)
+    previous_BL = jnp.concatenate([jnp.full((4, 1), -1), ids_BL[:, :-1]], axis=1)
+    x_BLD, mask_BL = jax.random.normal(jax.random.key(2), (4, 6, 8)), jnp.ones((4, 6), bool)
+    outputs = []
+    options: dict[str, Any]
+    for options in ({}, {"group_size": 3}, {"group_size": 12}, {"group_size": 2, "grouping": "position"}):
+        config = MoEConfig(num_experts=8, router=Hash(mode="bigram"), capacity_factor_eval=None, **options)
+        layer = MoE(jax.random.key(0), 8, 4, "relu", config, DEFAULT)
+        outputs.append(np.asarray(layer(x_BLD, mask_BL, None, ids_BL, previous_BL)[0]))
+        np.testing.assert_allclose(outputs[-1], outputs[0], rtol=1e-5, atol=1e-6)
+    without = layer(x_BLD, mask_BL, None, ids_BL)[0]
+    assert np.abs(np.asarray(without) - outputs[0]).max() > 1e-2
+    np.testing.assert_array_equal(layer(x_BLD, mask_BL, None, ids_BL, jnp.full((4, 6), -1))[0], without)
 
 
 def test_gates_padding_and_scores():
