@@ -110,8 +110,11 @@ class Rules:
         return jax.tree_util.tree_map_with_path(spec, tree)
 
     def shard_parameters(self, tree):
-        """Every leaf of the tree laid out as `parameter_specs` says."""
-        return jax.tree.map(_reshard, tree, self.parameter_specs(tree))
+        """Every leaf of the tree laid out as `parameter_specs` says, but whole along axes that cannot be cut evenly."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.tree.map(
+            lambda leaf, spec: _reshard(leaf, _even(spec, leaf, mesh)), tree, self.parameter_specs(tree)
+        )
 
     def per_device(self, body: Callable, parameters, activations, replicated):
         """`body(parameters, activations, replicated)` on every device's own shards: the one `shard_map` of a model.
@@ -218,6 +221,17 @@ def _as_tuple(axes: Axes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
+def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
+    """Without the cuts that do not divide their axis, such as that of a router with free experts along E."""
+    if mesh.empty:
+        return spec
+
+    def divides(size: int, axes: Axes) -> bool:
+        return size % math.prod(mesh.shape[axis] for axis in _as_tuple(axes)) == 0
+
+    return PartitionSpec(*(a if divides(size, a) else None for size, a in zip(leaf.shape, spec, strict=False)))
+
+
 def _spec(letters: str, table: Mapping[str, Axes]) -> PartitionSpec:
     seen: set[str] = set()
     entries: list[Axes] = []
@@ -299,6 +313,6 @@ def abstract_sharded(tree, rules: Rules, mesh: Mesh):
     """`jax.ShapeDtypeStruct`s of a tree of parameters (or of anything named like them), laid out by the rules."""
 
     def shaped(leaf, spec):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, _even(spec, leaf, mesh)))
 
     return jax.tree.map(shaped, tree, rules.parameter_specs(tree))

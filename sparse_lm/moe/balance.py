@@ -6,7 +6,7 @@ perfect balance for every k; padding counts nowhere; every loss is per layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,28 @@ from sparse_lm.moe.types import RouterStats
 
 
 def load_balance(
-    stats: RouterStats, tokens: jax.Array, whole_load_NE: Int[Array, "N E"] | None = None
+    stats: RouterStats,
+    tokens: jax.Array,
+    whole_load_NE: Int[Array, "N E"] | None = None,
+    expert_weights: Sequence[float] | None = None,
 ) -> Float[Array, "N"]:
     """E * sum_e f_e P_e per layer, averaged over the units with their real tokens as weights.
 
     tokens: real tokens of the whole batch, so that microbatches add up to the loss of the batch.
     whole_load_NE: assignments per expert in the whole batch, for the global scope: f is then that of the batch, also
         in a microbatch, and since no gradient flows through f the sum over microbatches is exact.
+    expert_weights: w in sum_e (1 / w_e) * sum_e w_e f_e P_e, which is 1 where f_e = P_e is in proportion to 1 / w_e
+        (MoE++'s heterogeneous loss, Jin et al. 2024, section 3.3, divided by its value there). None is 1 for all.
     Source: Fedus et al. 2021, equations 4 to 6, with f divided by k.
     """
-    num_experts = stats.load_UE.shape[-1]
+    num_experts: float = stats.load_UE.shape[-1]
     if whole_load_NE is not None:
         share = _share(whole_load_NE)[:, None, :]
     else:
         share = _share(stats.load_UE)
+    if expert_weights is not None:
+        num_experts = sum(1 / weight for weight in expert_weights)
+        share = share * jnp.asarray(expert_weights, jnp.float32)
     return num_experts * jnp.sum(share * stats.importance_UE, axis=(-2, -1)) / jnp.maximum(tokens, 1)
 
 
@@ -44,11 +52,14 @@ def entropy(stats: RouterStats, tokens: jax.Array) -> Float[Array, "N"]:
 
 
 def router_losses(
-    stats: RouterStats, tokens: jax.Array, whole_load_NE: Int[Array, "N E"] | None = None
+    stats: RouterStats,
+    tokens: jax.Array,
+    whole_load_NE: Int[Array, "N E"] | None = None,
+    expert_weights: Sequence[float] | None = None,
 ) -> dict[str, Float[Array, "N"]]:
     """Every loss that can be made of the statistics, by the name of its weight, per layer and unweighted."""
     return {
-        "load": load_balance(stats, tokens, whole_load_NE),
+        "load": load_balance(stats, tokens, whole_load_NE, expert_weights),
         "z": z_loss(stats, tokens),
         "entropy": entropy(stats, tokens),
     }

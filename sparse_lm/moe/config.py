@@ -35,12 +35,26 @@ class BalanceConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeterogeneousBalance(BalanceConfig):
+    """The same for a layer whose experts are not meant to be loaded alike; see `moe.balance.load_balance`."""
+
+    expert_weights: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig(Config):
     """Which layers are sparse and how.
 
     num_experts, top_k: routed experts, and how many of them see a token.
     d_expert: hidden width of an expert; None is d_ff / top_k (rounded down), so that routed FLOPs equal the dense
         layer's.
+    num_zero, num_copy, num_constant: free experts, which the router may choose beside the feed-forward ones: see
+        `moe.free`. A mesh cuts the feed-forward experts alone. Free ones have no slots, and what is assigned to them is
+        never dropped (the paper gives them a capacity too); the balance loss and all statistics of the router are
+        over all experts.
+    free_share: tau in (0, 1], what a free expert's load weighs in the load-balance loss against a feed-forward
+        expert's: balance is when it has 1 / tau times the assignments (Jin et al. 2024, MoE++: 0.75). What a router
+        does for balance by itself, as with a bias, aims at equal loads all the same.
     num_shared: experts that see every token, beside the routed ones. d_shared: hidden width of each; None is
         d_expert. One of d_ff is a dense residual (OpenMoE, PR-MoE). shared_gate: see `moe.shared`.
     expert_bias: whether the routed experts' products have biases (gpt-oss).
@@ -51,8 +65,9 @@ class MoEConfig(Config):
         tokens at one position of group_size neighbouring rows: no token of a group is later than another, so that
         every router and every priority is causal; what a token gets depends on other rows instead. Krajewski et al.
         2024, whose groups have 256 rows).
-    capacity_factor: slots per expert and group are ceil(factor * top_k * group_size / num_experts); None drops
-        nothing. capacity_factor_eval: the same in evaluation.
+    capacity_factor: slots per expert and group are ceil(factor * top_k * group_size / num_experts); with free experts
+        the divisor is `worth` (MoE++, the equation of its expert capacity); None drops nothing.
+        capacity_factor_eval: the same in evaluation.
     priority: who gets a slot first, see `moe.slots.place`. `token` is the only one that is causal for every top_k:
         under `first_choice` a later token's first choice takes the slot of an earlier token's second choice, and
         under `probability`, `batch` and `random` any later token may push out an earlier one.
@@ -63,6 +78,10 @@ class MoEConfig(Config):
 
     num_experts: int = option(8, ge=1)
     top_k: int = option(1, ge=1)
+    num_zero: int = option(0, ge=0)
+    num_copy: int = option(0, ge=0)
+    num_constant: int = option(0, ge=0)
+    free_share: float = option(1.0, gt=0, le=1)
     d_expert: int | None = option(None, ge=1)
     num_shared: int = option(0, ge=0)
     d_shared: int | None = option(None, ge=1)
@@ -84,8 +103,10 @@ class MoEConfig(Config):
 
     def check(self) -> None:
         """Raises `ConfigError` when fields contradict each other."""
-        if self.top_k > self.num_experts:
-            raise ConfigError("top_k", self.top_k, f"must be at most num_experts={self.num_experts}")
+        if self.top_k > self.num_choices:
+            what = f"num_experts={self.num_experts}" + (f" and the {self.num_free} free ones" if self.num_free else "")
+            raise ConfigError("top_k", self.top_k, f"must be at most {what}")
+        self._check_free()
         for name, unused in (("d_shared", None), ("shared_gate", "none")):
             if not self.num_shared and getattr(self, name) != unused:
                 raise ConfigError(name, getattr(self, name), "there are no shared experts; set num_shared, or leave it")
@@ -105,17 +126,61 @@ class MoEConfig(Config):
                     name, None, f"every expert of router.kind={self.router.kind} would take all tokens; set a number"
                 )
         try:
-            self.router.check_shape(RouterShape(1, self.num_experts, self.top_k))
+            self.router.check_shape(RouterShape(1, self.num_choices, self.top_k))
         except ConfigError as error:
             raise error.under("router") from None
+
+    def _check_free(self) -> None:
+        if not self.num_free:
+            if self.free_share != 1:
+                raise ConfigError(
+                    "free_share", self.free_share, "there are no free experts; set num_zero, num_copy or num_constant"
+                )
+            return
+        if not self.router.takes_free:
+            raise ConfigError(
+                "router.kind",
+                self.router.kind,
+                "shares tokens or slots out among equal experts, which free ones are not; use another router, such as "
+                "top_k, or num_zero=num_copy=num_constant=0",
+            )
+        on_input = getattr(self.router, "gate_on", "output") == "input"
+        if on_input and getattr(self.router, "renormalise", "none") == "after_drop":
+            raise ConfigError(
+                "router.renormalise",
+                "after_drop",
+                "with free experts gates are renormalised on the experts' output, and gate_on=input has them on the "
+                "input; use before_drop, or gate_on=output",
+            )
 
     def shared_width(self, d_expert: int) -> int:
         """Hidden width of all shared experts together; 0 when there are none."""
         return self.num_shared * (self.d_shared or d_expert)
 
     @property
+    def num_free(self) -> int:
+        """Experts that cost nothing."""
+        return self.num_zero + self.num_copy + self.num_constant
+
+    @property
+    def num_choices(self) -> int:
+        """Experts that the router chooses among."""
+        return self.num_experts + self.num_free
+
+    @property
+    def worth(self) -> float:
+        """How many feed-forward experts would get, at balance, as many assignments as there are.
+
+        One of them gets 1 / worth of the assignments, a free one 1 / (free_share * worth).
+        """
+        return self.num_experts + self.num_free / self.free_share
+
+    @property
     def losses(self) -> BalanceConfig:
         """The weights of the router losses; all 0 where no gradient reaches the router, as under hash routing."""
+        if self.free_share != 1:
+            weights = (1.0,) * self.num_experts + (self.free_share,) * self.num_free
+            return HeterogeneousBalance(**vars(self.balance), expert_weights=weights)
         return self.balance if self.router.learned else self.balance.replace(**dict.fromkeys(self.balance.weights, 0.0))
 
     @property

@@ -16,10 +16,10 @@ Priority = Literal["first_choice", "token", "probability", "batch", "random"]
 PRIORITIES = get_args(Priority)
 
 
-def capacity(factor: float | None, top_k: int, group_size: int, num_experts: int) -> int:
+def capacity(factor: float | None, top_k: int, group_size: int, num_experts: float) -> int:
     """Slots of an expert per group: ceil(factor * k * S / E), at most S, since a token takes an expert once.
 
-    factor: None gives S: nothing can be dropped. Convention: k is included (V-MoE, Megatron; not Mesh-TensorFlow,
+    num_experts: with free experts beside, `MoEConfig.worth`. factor: None gives S: nothing can be dropped. Convention: k is included (V-MoE, Megatron; not Mesh-TensorFlow,
     flaxformer), rounded up.
     """
     if factor is None:

@@ -113,7 +113,8 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
             router = jax.tree.map(lambda leaf: leaf[None], stats.router)
             tokens = jnp.sum(stats.router.tokens_U)
             whole = jnp.sum(router.load_UE, axis=1) if case.moe.balance.scope == "global" else None
-            balance, z = load_balance(router, tokens, whole)[0], z_loss(router, tokens)[0]
+            weights = getattr(case.moe.losses, "expert_weights", None)
+            balance, z = load_balance(router, tokens, whole, weights)[0], z_loss(router, tokens)[0]
             total = jnp.sum(jnp.square(y_BLD.astype(jnp.float32)))
             total = total + oracle.LOAD_WEIGHT * balance + oracle.Z_WEIGHT * z
             total = total + jnp.sum(stats.router.penalty_U) / jnp.maximum(tokens, 1)

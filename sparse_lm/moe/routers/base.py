@@ -60,6 +60,7 @@ class RouterConfig(Config, abc.ABC):
     causal = True  # whether a token's experts depend on no later token
     learned = True  # whether a gradient reaches the router's scores, so that balance losses mean something
     needs_slots = False  # whether experts fill their slots, so that there must be a capacity
+    takes_free = False  # whether some of the experts may be free ones (`moe.free`), which have no slots
 
 
 class LinearScores(nnx.Module):

@@ -28,6 +28,7 @@ class FixedNoise(RouterConfig):
     """
 
     kind = "fixed_noise"
+    takes_free = True
 
     noise: float = option(1.0, ge=0)
     importance: float = option(0.005, ge=0)

@@ -31,6 +31,7 @@ class NoisyTopK(RouterConfig):
     """
 
     kind = "noisy_top_k"
+    takes_free = True
 
     importance: float = option(0.1, ge=0)
     load: float = option(0.1, ge=0)

@@ -44,6 +44,7 @@ class Relu(RouterConfig):
     """
 
     kind = "relu"
+    takes_free = True
 
     coefficient: float = option(1e-8, gt=0)
     growth: float = option(1.2, gt=1)

@@ -44,6 +44,7 @@ class Sigmoid(RouterConfig):
     """
 
     kind = "sigmoid"
+    takes_free = True
 
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalise: Literal["none", "before_drop", "after_drop"] = "before_drop"

@@ -40,6 +40,7 @@ class SparseMixer(RouterConfig):
     """
 
     kind = "sparse_mixer"
+    takes_free = True
 
     jitter: float = option(0.01, gt=0)
     init_scale: float = option(0.1, gt=0)

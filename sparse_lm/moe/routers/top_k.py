@@ -31,6 +31,7 @@ class TopK(RouterConfig):
     """
 
     kind = "top_k"
+    takes_free = True
 
     gate: Literal["softmax_before", "softmax_after"] = "softmax_before"
     renormalise: Literal["none", "before_drop", "after_drop"] = "none"
