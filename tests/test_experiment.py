@@ -14,6 +14,7 @@ from sparse_lm.config import ConfigError, from_dict, to_config_dict, to_dict
 from sparse_lm.data.config import DataConfig
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.models.config import ModelConfig
+from sparse_lm.moe.attention.switch_head import SwitchHead
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.optim.build import build_optimizer
@@ -99,6 +100,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, devices, words):
         ({"model__vocab_size": 10}, "model.vocab_size", "model"),
         ({"model__moe__d_expert": 6}, "model.moe.d_expert", "model"),
         ({"model__moe__num_experts": 6}, "model.moe.num_experts", "expert"),
+        ({"model__attention": SwitchHead(num_experts=6)}, "model.attention.num_experts", "expert"),
         ({"model__d_model": 18, "model__num_heads": 1, "model__head_dim": 4}, "model.d_model", "fsdp"),
     ],
 )

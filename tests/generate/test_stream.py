@@ -14,6 +14,8 @@ from sparse_lm.generate.sample import Sampling
 from sparse_lm.generate.stream import for_generation, generate
 from sparse_lm.models.config import DepthConfig, ModelConfig
 from sparse_lm.models.decoder import Decoder, build_decoder
+from sparse_lm.moe.attention.mixture import Mixture
+from sparse_lm.moe.attention.switch_head import SwitchHead
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.routers.hash import Hash
@@ -28,6 +30,8 @@ CONFIGS = {
     "gqa_unrolled": BASE.replace(num_kv_heads=2, scan_layers=False),
     "sinusoidal_post": BASE.replace(position="sinusoidal", norm_position="post", num_kv_heads=1),
     "moe": BASE.replace(moe=SPARSE),
+    "attention_mixture": BASE.replace(num_kv_heads=2, moe=SPARSE, attention=Mixture(num_experts=3)),
+    "attention_switch_head": BASE.replace(attention=SwitchHead(num_experts=3), norm_position="post"),
     "bigram": BASE.replace(moe=dataclasses.replace(SPARSE, router=Hash(mode="bigram"))),
     "moe_learned": BASE.replace(
         position="learned",

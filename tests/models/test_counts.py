@@ -11,6 +11,8 @@ from sparse_lm.config import ConfigError
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.counts import Part, count, dense_twin, optimizer_bytes, table
 from sparse_lm.models.decoder import Decoder
+from sparse_lm.moe.attention.mixture import Mixture
+from sparse_lm.moe.attention.switch_head import SwitchHead
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.routers.hash import Hash
 from sparse_lm.optim.build import build_optimizer
@@ -230,3 +232,67 @@ def test_table_as_text():
         "total                      188     188        1,440",
         "without embeddings         148     148",
     ]
+
+
+ATTENTION = {
+    "mixture": BASE.replace(num_heads=4, num_kv_heads=2, attention=Mixture(num_experts=3)),
+    "mixture_moe": BASE.replace(num_heads=8, num_kv_heads=2, moe=MOE, attention=Mixture(num_experts=5)),
+    "mixture_hash": BASE.replace(num_heads=4, num_kv_heads=1, attention=Mixture(router=Hash())),
+    "switch_head": BASE.replace(attention=SwitchHead(num_experts=3)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_experts_are_those_of_the_real_tree(name):
+    config = ATTENTION[name]
+    counts, found = count(config), leaves(config)
+    assert counts.total == sum(size for _, size in found)
+    assert counts.attention.total == sum(size for path, size in found if "/attention/" in path)
+
+
+def test_attention_experts_by_hand():
+    """Four layers, width 12, head width 6, 4 heads of a token, 2 key/value heads, 3 experts of which 2."""
+    counts = count(ATTENTION["mixture"])
+    router, shared, expert = 12 * 3, 2 * 2 * 12 * 6, 2 * 2 * 12 * 6
+    active = 4 * (router + shared + 2 * expert)
+    assert counts.attention == Part(4 * (router + shared + 3 * expert), active, active)
+    assert counts.part_flops("attention", 8) == 6 * active + 12 * 4 * 4 * 6 * 8
+    counts = count(ATTENTION["switch_head"])  # 3 heads, each with 3 experts of which 2, for values and for outputs
+    one, routers = 12 * 3 * 6, 2 * 12 * 3 * 3
+    active = 4 * (2 * one + 2 * 2 * one + routers)
+    assert counts.attention == Part(4 * (2 * one + 2 * 3 * one + routers), active, active)
+
+
+def test_jetmoe_as_published():
+    """JetMoE-8B (2404.07413): 8 experts of which 2, in attention and feed-forward; 8.52 and 2.33 billion."""
+    jetmoe = ModelConfig(
+        vocab_size=32000,
+        num_layers=24,
+        d_model=2048,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        d_ff=5632,
+        attention=Mixture(),
+        moe=MoEConfig(num_experts=8, top_k=2, every=1, d_expert=5632),
+    )
+    counts = count(jetmoe)
+    assert counts.total == pytest.approx(8.52e9, rel=1e-2)
+    assert counts.active == pytest.approx(2.33e9, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mixture", "mixture_moe"])
+def test_the_twin_of_attention_experts_has_their_active_heads(name):
+    sparse = ATTENTION[name]
+    twin = dense_twin(sparse)
+    assert twin.attention is None and twin.moe is None
+    a, b = count(sparse), count(twin)
+    router = 4 * 12 * sparse.attention.num_experts  # type: ignore[union-attr]
+    assert a.active - a.router.active - router == b.total
+    assert a.part_flops("attention", 16) - 6 * router == b.part_flops("attention", 16)
+
+
+def test_the_twin_of_switch_head_needs_one_expert_per_head():
+    with pytest.raises(ConfigError, match=r"model\.attention\.top_k=2.*top_k=1"):
+        dense_twin(ATTENTION["switch_head"])
+    assert dense_twin(BASE.replace(attention=SwitchHead(top_k=1))) == BASE
