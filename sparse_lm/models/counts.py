@@ -8,6 +8,9 @@ Conventions:
 - The unembedding is a matrix product, tied or not; looking up an embedding or a position is not.
 - Empty slots of experts and recomputation (remat) are not counted: they are overhead, not work of the model.
 - Norms, activations, softmax and the choice of experts count no FLOPs; the router's product does.
+- Beside free experts a token has as many feed-forward ones as at balance: top_k * tau N / (tau N + free ones), with
+  tau = `free_share`, `active` being rounded. It is an expectation: what a run chose stands in its loads. Free experts
+  count their weights, which every token multiplies by, chosen or not.
 - A block that a share c of the tokens passes (Mixture of Depths) costs a token c of its weights, and c squared of its
   attention scores, as in training; `active` is then a mean over tokens. Evaluation computes such blocks in full.
 """
@@ -25,7 +28,6 @@ from flax import nnx
 from sparse_lm.config import ConfigError
 from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.decoder import Decoder
-from sparse_lm.moe.routers import RouterShape
 from sparse_lm.nn.mlp import GATED
 from sparse_lm.sharding import DEFAULT
 
@@ -47,7 +49,7 @@ class Part:
 class Counts:
     """The parts of a model. `embedding`, `unembedding` (empty when tied) and `positions` (learned ones) are tables.
 
-    dense: feed-forward layers that are not sparse. shared: experts that see every token. depth: routers and predictors
+    dense: feed-forward layers that are not sparse. free: the weights of constant experts. shared: experts that see every token. depth: routers and predictors
     of blocks that tokens may skip. score_width: layers x heads x head_dim, what attention scores cost beside their
     parameters.
     """
@@ -59,6 +61,7 @@ class Counts:
     dense: Part
     router: Part
     experts: Part
+    free: Part
     shared: Part
     depth: Part
     unembedding: Part
@@ -135,6 +138,7 @@ def count(config: ModelConfig) -> Counts:
         dense=_matrices((layers - num_sparse) * _feed_forward(config, config.d_ff)),
         router=_router(config),
         experts=_experts(config),
+        free=_free(config),
         shared=_shared(config),
         depth=_depth(config),
         unembedding=Part(0, 0, table) if tied else _matrices(table),
@@ -176,7 +180,8 @@ def table(config: ModelConfig, length: int) -> str:
 def dense_twin(config: ModelConfig) -> ModelConfig:
     """The dense model whose feed-forward layers cost each token as many FLOPs, and active parameters, as `config`'s.
 
-    Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert. The router is
+    Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert, or beside
+    free experts the expected number for top_k, the width rounded. Free experts and the router are
     extra in the sparse model and has no counterpart. Attention experts become one attention with as many heads as a
     token has. Where tokens skip layers, the twin has as many layers as a token passes on average, rounded, and the
     hidden width that gives its products with weights the same FLOPs.
@@ -192,7 +197,7 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
             return config
     if config.moe is None:
         raise ConfigError("model.moe", None, "the model is dense: it is its own twin")
-    width = config.moe.top_k * config.d_expert + _shared_width(config)
+    width = round(config.moe.expected * config.d_expert) + _shared_width(config)
     if not all(config.sparse) and width != config.d_ff:
         raise ConfigError(
             "model.moe.d_expert",
@@ -248,7 +253,7 @@ def _discounted(counts: Counts, config: ModelConfig, capacity: float) -> Counts:
         attention=scaled(counts.attention, layers),
         norms=scaled(counts.norms, layers, last),
         dense=scaled(counts.dense, dense),
-        **{name: scaled(getattr(counts, name), sparse) for name in ("router", "experts", "shared")},
+        **{name: scaled(getattr(counts, name), sparse) for name in ("router", "experts", "free", "shared")},
         score_width=round(
             counts.score_width * sum(capacity**2 if kind.wrapped else 1 for kind in layers) / len(layers)
         ),
@@ -298,12 +303,17 @@ def _shared(config: ModelConfig) -> Part:
 def _experts(config: ModelConfig) -> Part:
     if config.moe is None:
         return Part(0, 0, 0)
-    layers, top_k = sum(config.sparse), config.moe.top_k
+    layers, expected = sum(config.sparse), config.moe.expected
     matrices = layers * _feed_forward(config, config.d_expert)
     gated = config.activation in GATED
     biases = layers * ((1 + gated) * config.d_expert + config.d_model) if config.moe.expert_bias else 0
     one = matrices + biases
-    return Part(config.moe.num_experts * one, top_k * one, top_k * matrices)
+    return Part(config.moe.num_experts * one, round(expected * one), round(expected * matrices))
+
+
+def _free(config: ModelConfig) -> Part:
+    """Of a constant expert: a vector, and a product that mixes it with the token."""
+    return _matrices(0 if config.moe is None else sum(config.sparse) * config.moe.num_constant * 3 * config.d_model)
 
 
 def _router(config: ModelConfig) -> Part:
@@ -311,7 +321,7 @@ def _router(config: ModelConfig) -> Part:
     if config.moe is None:
         return Part(0, 0, 0)
     moe = config.moe
-    shape = RouterShape(config.d_model, moe.num_experts, moe.top_k)
+    shape = moe.router_shape(config.d_model)
     # Parameters alone: a router's state is not learned.
     parameters = jax.eval_shape(
         lambda key: nnx.state(moe.router.build(key, shape, DEFAULT), nnx.Param), jax.random.key(0)

@@ -9,7 +9,7 @@ from sparse_lm.config import Config, ConfigError, option
 from sparse_lm.moe.routers import ROUTERS, RouterConfig, RouterShape
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.shared import SharedGate
-from sparse_lm.moe.slots import Priority
+from sparse_lm.moe.slots import Priority, capacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +120,37 @@ class MoEConfig(Config):
             raise ConfigError(
                 "balance.scope", "sequence", "with grouping=position no group lies in one sequence; use group or global"
             )
-        for name in ("capacity_factor", "capacity_factor_eval"):
-            if self.router.needs_slots and getattr(self, name) is None:
-                raise ConfigError(
-                    name, None, f"every expert of router.kind={self.router.kind} would take all tokens; set a number"
-                )
+        self._check_carried()
         try:
-            self.router.check_shape(RouterShape(1, self.num_choices, self.top_k))
+            self.router.check_shape(self.router_shape(1))
         except ConfigError as error:
             raise error.under("router") from None
+
+    def _check_carried(self) -> None:
+        """Refuses what the router's decisions cannot be carried out with."""
+        kind, able = self.router.kind, self.router.dispatchers
+        if able is not None and self.dispatcher not in able:
+            raise ConfigError(
+                "dispatcher",
+                self.dispatcher,
+                f"cannot carry the decisions of router.kind={kind}; use {' or '.join(able)}",
+            )
+        for name in ("capacity_factor", "capacity_factor_eval"):
+            if self.router.needs_slots and getattr(self, name) is None:
+                raise ConfigError(name, None, f"every expert of router.kind={kind} would take all tokens; set a number")
+        if self.router.fixed_slots and self.capacity_factor_eval != self.capacity_factor:
+            raise ConfigError(
+                "capacity_factor_eval",
+                self.capacity_factor_eval,
+                f"slots have weights with router.kind={kind}, so their number cannot change; use {self.capacity_factor}",
+            )
+
+    def router_shape(self, d_model: int) -> RouterShape:
+        """What the router is told about the layer."""
+        slots = None
+        if self.router.fixed_slots and self.group_size is not None:
+            slots = capacity(self.capacity_factor, self.top_k, self.group_size, self.num_experts)
+        return RouterShape(d_model, self.num_choices, self.top_k, slots)
 
     def _check_free(self) -> None:
         if not self.num_free:
@@ -174,6 +196,11 @@ class MoEConfig(Config):
         One of them gets 1 / worth of the assignments, a free one 1 / (free_share * worth).
         """
         return self.num_experts + self.num_free / self.free_share
+
+    @property
+    def expected(self) -> float:
+        """How many feed-forward experts a token has at balance; top_k without free ones."""
+        return self.top_k * self.num_experts / self.worth
 
     @property
     def losses(self) -> BalanceConfig:

@@ -13,11 +13,10 @@ from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.free import FreeExperts, combine
-from sparse_lm.moe.routers import RouterShape
 from sparse_lm.moe.shared import SharedExperts
 from sparse_lm.moe.slots import SlotRule, capacity
 from sparse_lm.moe.stats import dispatch_stats, router_stats
-from sparse_lm.moe.types import LayerStats, Replay, RouterInputs, TokenChoice
+from sparse_lm.moe.types import Decision, LayerStats, Replay, RouterInputs, Soft, TokenChoice
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.sharding import Rules
 
@@ -28,12 +27,14 @@ class MoE(nnx.Module):
     def __init__(self, key: jax.Array, d_model: int, d_expert: int, kind: str, config: MoEConfig, rules: Rules):
         router, experts, shared = jax.random.split(key, 3)
         self.config, self.rules = config, rules
-        self.router = config.router.build(router, RouterShape(d_model, config.num_choices, config.top_k), rules)
+        self.router = config.router.build(router, config.router_shape(d_model), rules)
         sizes = (config.num_experts, d_model, d_expert)
         self.experts = Experts(experts, sizes, kind, config.init_scale, config.expert_dropout, config.expert_bias)
         free = (config.num_zero, config.num_copy, config.num_constant)
         self.free = (
-            FreeExperts(jax.random.fold_in(key, 3), d_model, config.num_experts, free, rules) if config.num_free else None
+            FreeExperts(jax.random.fold_in(key, 3), d_model, config.num_experts, free, rules)
+            if config.num_free
+            else None
         )
         beside = (d_model, config.shared_width(d_expert))
         self.shared = (
@@ -74,6 +75,7 @@ class MoE(nnx.Module):
             decision = dataclasses.replace(decision, order_GS=order_GS)
         if replay is not None and replay.forced is not None:
             decision = _forced(replay.forced, decision)
+        counted = decision.choices(mask_GS) if isinstance(decision, Soft) else decision
         sent = decision if self.free is None else self.free.others(decision)
         y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, sent, expert_key)
         if self.free is not None:
@@ -83,9 +85,9 @@ class MoE(nnx.Module):
             y_BLD = self.shared(x_BLD, y_BLD, shared_key)
         unit = length if config.balance.scope == "sequence" else size
         stats = LayerStats(
-            router_stats(decision, scores, mask_GS, unit, rules),
-            dispatch_stats(decision, kept_GSK, mask_GS),
-            decision if replay is not None and replay.record else None,
+            router_stats(counted, scores, mask_GS, unit, rules),
+            dispatch_stats(counted, kept_GSK, mask_GS),
+            counted if replay is not None and replay.record else None,
         )
         return y_BLD, stats
 
@@ -122,8 +124,10 @@ class MoE(nnx.Module):
         return DISPATCHERS[config.dispatcher](slots, self.rules)
 
 
-def _forced(forced: TokenChoice, own: TokenChoice) -> TokenChoice:
-    """The forced decision. Raises `ValueError` when it was made for other groups."""
+def _forced(forced: TokenChoice, own: Decision) -> TokenChoice:
+    """The forced decision. Raises `ValueError` when it was made for other groups, and where nothing is decided."""
+    if isinstance(own, Soft):
+        raise ValueError("router.kind=soft mixes all tokens and decides nothing that could be replayed")
     got, here = forced.expert_GSK.shape[:2], own.expert_GSK.shape[:2]
     if got != here:
         raise ValueError(

@@ -7,6 +7,7 @@ import typing
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 HISTOGRAM_BINS = 20
@@ -49,6 +50,26 @@ class TokenChoice:
     gate_GSK: Float[Array, "*N G S K"]
     order_GS: Float[Array, "*N G S"] | None = None
     gate_on: Literal["output", "input"] = dataclasses.field(default="output", metadata={"static": True})
+
+
+@pytree_dataclass
+class Soft:
+    """Weights of tokens in slots and of slots in tokens: nothing is chosen (Soft MoE).
+
+    dispatch_GSEC: of each token in each slot's input, a sum of 1 over the tokens. combine_GSEC: of each slot's output
+    in each token, a sum of 1 over all slots. float32; 0 for padding.
+    """
+
+    dispatch_GSEC: Float[Array, "G S E C"]
+    combine_GSEC: Float[Array, "G S E C"]
+
+    def choices(self, mask_GS: Bool[Array, "G S"]) -> TokenChoice:
+        """The same to count by: every real token with every expert; gates are its weights, summed over slots."""
+        experts_E = jnp.arange(self.combine_GSEC.shape[2], dtype=jnp.int32)
+        return TokenChoice(jnp.where(mask_GS[..., None], experts_E, -1), jnp.sum(self.combine_GSEC, axis=-1))
+
+
+Decision = TokenChoice | Soft
 
 
 @pytree_dataclass

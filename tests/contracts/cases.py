@@ -22,6 +22,7 @@ from sparse_lm.moe.routers.prototype import Prototype
 from sparse_lm.moe.routers.relu import Relu
 from sparse_lm.moe.routers.sigmoid import Sigmoid
 from sparse_lm.moe.routers.sinkhorn import Sinkhorn
+from sparse_lm.moe.routers.soft import SoftMixture
 from sparse_lm.moe.routers.sparse_mixer import SparseMixer
 from sparse_lm.moe.routers.top_k import TopK
 
@@ -106,6 +107,10 @@ ROUTER_CASES: dict[str, Case] = {
     "base": Case(moe(1, Base(gain=2.0)), drops=False),
     "base_wide": Case(moe(1, Base(gain=2.0), "group", group_size=16, capacity_factor=0.5)),
     "base_evaluation": Case(moe(1, Base(gain=2.0)), training=False),
+    "soft": Case(moe(2, SoftMixture(2.0), group_size=8, dispatcher="einsum"), drops=False),
+    "soft_wide": Case(
+        moe(1, SoftMixture(), "sequence", group_size=16, dispatcher="einsum", num_shared=1), "gelu", drops=False
+    ),
     "sparse_mixer": Case(moe(2, SparseMixer(0.2, ROUTER_SCALE)), training=False),
     "sparse_mixer_top1": Case(moe(1, SparseMixer(0.4, ROUTER_SCALE), "group", priority="token"), training=False),
     "deepseek_v3": Case(
@@ -134,6 +139,25 @@ ROUTER_CASES: dict[str, Case] = {
         moe(2, Sigmoid(init_scale=ROUTER_SCALE, renormalise="after_drop", scale=1.0), "group", group_size=4),
         state=(("bias_E", BIAS),),
     ),
+    "moe_plus_plus": Case(
+        moe(2, num_zero=1, num_copy=1, num_constant=2, free_share=0.75, capacity_factor=0.8, priority="token")
+    ),
+    "free_after_drop": Case(
+        moe(3, {"renormalise": "after_drop"}, "group", num_constant=3, num_copy=2, num_shared=1, capacity_factor=0.8),
+        "geglu",
+    ),
+    "free_input": Case(
+        moe(
+            2,
+            Sigmoid(init_scale=ROUTER_SCALE, scale=1.0, gate_on="input"),
+            "sequence",
+            num_zero=2,
+            num_constant=1,
+            free_share=0.5,
+            expert_bias=True,
+        ),
+        "gelu",
+    ),
     "remoe": Case(moe(2, Relu(init_scale=ROUTER_SCALE), capacity_factor=1.5), state=(("coefficient", 2.0),)),
     "remoe_limited": Case(
         moe(2, Relu(init_scale=ROUTER_SCALE, refine_balance=False, max_active=3), "group", group_size=16),
@@ -159,7 +183,21 @@ MESH_CASES = ("switch_shared", "top2_after_drop")  # top-1 and top-2, with and w
 KIND_CASES = {kind: name for name, case in reversed(ROUTER_CASES.items()) if (kind := case.moe.router.kind) != "top_k"}
 
 # Options of a router that compute in another way on a mesh, and so are run on it too.
-VARIANT_CASES = ("expert_choice_limited", "hash_bigram", "llama4", "gpt_oss", "qwen2", "residual")
+VARIANT_CASES = (
+    "expert_choice_limited",
+    "hash_bigram",
+    "llama4",
+    "gpt_oss",
+    "qwen2",
+    "residual",
+    "moe_plus_plus",
+    "free_input",
+)
+
+
+def able(name: str) -> tuple[str, ...]:
+    """The dispatchers that can carry the case's decisions."""
+    return ROUTER_CASES[name].moe.router.dispatchers or DISPATCHERS
 
 
 @functools.cache

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle_balanced
+import oracle_free
 import oracle_hash
 import oracle_noise
 import oracle_prototype
 import oracle_relu
 import oracle_sigmoid
+import oracle_soft
 import oracle_sparse_mixer
 import oracle_top_k
 from oracle_choice import Choice, Group, RouterOracle
@@ -40,6 +42,7 @@ ROUTERS: dict[str, RouterOracle] = {
     "sinkhorn": oracle_balanced.SINKHORN,
     "base": oracle_balanced.BASE,
     "sparse_mixer": oracle_sparse_mixer.ORACLE,
+    "soft": oracle_soft.ORACLE,
 }
 
 LOAD_WEIGHT, Z_WEIGHT = 10.0, 3.0  # large, so that a wrong router loss shows beside the sum of squares
@@ -85,7 +88,7 @@ class Problem:
     def slots(self) -> int:
         """Slots per expert and group."""
         factor = self.config.capacity_factor if self.training else self.config.capacity_factor_eval
-        return slots_per_expert(factor, self.config.top_k, self.group_size, self.config.num_experts)
+        return slots_per_expert(factor, self.config.top_k, self.group_size, oracle_free.divisor(self.config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Answer:
     units: list[Unit]
 
 
-def slots_per_expert(factor: float | None, top_k: int, size: int, num_experts: int) -> int:
+def slots_per_expert(factor: float | None, top_k: int, size: int, num_experts: int | Fraction) -> int:
     """ceil(factor * k * S / E) in exact arithmetic, at most S."""
     if factor is None:
         return size
@@ -172,6 +175,13 @@ def expert(weights, kind: str, index: int, x, xp):
     return activate(kind, up, gate, xp) @ weights["down_EFD"][index] + bias("down_bias_ED")
 
 
+def routed(config: MoEConfig, weights, kind: str, index: int, x, xp):
+    """The same, or a free expert, which come after the others."""
+    if index < config.num_experts:
+        return expert(weights, kind, index, x, xp)
+    return oracle_free.expert(config, weights, index - config.num_experts, x, xp)
+
+
 def with_shared(config: MoEConfig, weights, kind: str, x, routed, xp):
     """The routed experts' output and that of the experts that see every token, for one token or rows of them."""
     if "up_DF" not in weights:
@@ -193,7 +203,8 @@ def layer(problem: Problem) -> Answer:
     batch, length, width = problem.x_BLD.shape
     x_TD, mask_T, ids_T = problem.x_BLD.reshape(-1, width), problem.mask_BL.reshape(-1), problem.ids_BL.reshape(-1)
     previous_T = problem.previous_BL.reshape(-1)
-    tokens, num_experts, size = batch * length, config.num_experts, problem.group_size
+    tokens, size = batch * length, problem.group_size
+    worth_E = oracle_free.worths(config)
     groups = [
         Group(x_TD[i : i + size], mask_T[i : i + size], ids_T[i : i + size], problem.slots, previous_T[i : i + size])
         for i in range(0, tokens, size)
@@ -202,27 +213,45 @@ def layer(problem: Problem) -> Answer:
     candidate_TK = np.concatenate([choice.candidate_SK for choice in choices])
     gate_TK = np.concatenate([choice.gate_SK for choice in choices])
     used_TK = np.concatenate([choice.used_SK for choice in choices]) & mask_T[:, None]
-    kept_TK = _kept(problem, candidate_TK, gate_TK, used_TK)
-    y_TD = np.zeros((tokens, width))
+    mixed = problem.router.output is not None
+    kept_TK = used_TK if mixed else _kept(problem, candidate_TK, gate_TK, used_TK)
+    y_TD = _mixed(problem, weights, problem.x_BLD, mask_T) if mixed else np.zeros((tokens, width))
     for t in range(tokens):
         total = sum(gate_TK[t][kept_TK[t]])
-        for k in np.flatnonzero(kept_TK[t]):
+        for k in () if mixed else np.flatnonzero(kept_TK[t]):
             weight = gate_TK[t, k] / total if problem.after_drop else gate_TK[t, k]
             inner, outer = (weight, 1.0) if problem.on_input else (1.0, weight)
-            y_TD[t] += outer * expert(weights, problem.activation, candidate_TK[t, k], inner * x_TD[t], np)
+            y_TD[t] += outer * routed(config, weights, problem.activation, candidate_TK[t, k], inner * x_TD[t], np)
         y_TD[t] = with_shared(config, weights, problem.activation, x_TD[t], y_TD[t], np)
     units = _units(problem, choices, candidate_TK, used_TK)
     real = max(sum(unit.tokens for unit in units), 1)
     shares = [share_E for _, share_E in shares_of(units, config.balance.scope)]
     balance = sum(
-        num_experts * share_E[e] * unit.importance_E[e]
+        sum(1 / worth for worth in worth_E) * worth_E[e] * share_E[e] * unit.importance_E[e]
         for unit, share_E in zip(units, shares, strict=True)
-        for e in range(num_experts)
+        for e in range(len(worth_E))
     )
     balance, z = balance / real, sum(unit.z for unit in units) / real
     penalty = sum(choice.penalty for choice in choices) / real
     loss = float(np.sum(y_TD**2) + LOAD_WEIGHT * balance + Z_WEIGHT * z + penalty)
     return Answer(y_TD.reshape(problem.x_BLD.shape), loss, balance, z, candidate_TK, used_TK, kept_TK, units)
+
+
+def _mixed(problem: Problem, weights, x_BLD, mask_T):
+    """The routed output of all groups where experts see mixtures of tokens."""
+    assert problem.router.output is not None
+    x_GSD = x_BLD.reshape(-1, problem.group_size, x_BLD.shape[-1])
+    mask_GS = mask_T.reshape(x_GSD.shape[:2])
+    with jax.enable_x64(True):
+        weights = {name: jnp.asarray(value) for name, value in weights.items()}
+        groups = [
+            problem.router.output(
+                problem, weights, jnp.asarray(x_SD), mask_S, lambda e, x: expert(weights, problem.activation, e, x, jnp)
+            )
+            for x_SD, mask_S in zip(x_GSD, mask_GS, strict=True)
+        ]
+        y_TD = jnp.concatenate(groups)
+    return y_TD if isinstance(x_BLD, jax.core.Tracer) else np.array(y_TD)
 
 
 def unit_size(problem: Problem) -> int:
@@ -240,12 +269,13 @@ def shares_of(units: list[Unit], scope: str):
 
 def _kept(problem: Problem, candidate_TK, gate_TK, used_TK):
     size = problem.group_size
-    asked_TK = np.where(used_TK, candidate_TK, -1)
+    free_TK = candidate_TK >= problem.config.num_experts
+    asked_TK = np.where(used_TK & ~free_TK, candidate_TK, -1)
     groups = [
         hand_out_slots(asked_TK[i : i + size], gate_TK[i : i + size], problem.slots, problem.config.priority)
         for i in range(0, len(asked_TK), size)
     ]
-    return np.concatenate(groups)
+    return np.concatenate(groups) | (used_TK & free_TK)
 
 
 def _units(problem: Problem, choices: list[Choice], candidate_TK, used_TK) -> list[Unit]:
@@ -254,7 +284,7 @@ def _units(problem: Problem, choices: list[Choice], candidate_TK, used_TK) -> li
     logsumexp_T = np.concatenate([choice.logsumexp_S for choice in choices])
     units = []
     for first in range(0, len(mask_T), size):
-        load_E, importance_E = np.zeros(problem.config.num_experts), np.zeros(problem.config.num_experts)
+        load_E, importance_E = np.zeros(probability_TE.shape[1]), np.zeros(probability_TE.shape[1])
         declined, z, entropy = 0, 0.0, 0.0
         real = [t for t in range(first, first + size) if mask_T[t]]
         for t in real:
@@ -289,14 +319,16 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
     if problem.after_drop:
         total_T1 = gate_TK.sum(-1, keepdims=True)
         gate_TK = gate_TK / jnp.where(total_T1 > 0, total_T1, 1.0)
-    y_TD = jnp.zeros_like(x_TD)
-    for index in range(config.num_experts):
+    y_TD, worth_E = jnp.zeros_like(x_TD), np.array(oracle_free.worths(config))
+    if problem.router.output is not None:
+        y_TD = _mixed(problem, weights, x_BLD, problem.mask_BL.reshape(-1))
+    for index in () if problem.router.output is not None else range(len(worth_E)):
         weight_T = jnp.sum(jnp.where(jnp.asarray(answer.candidate_TK == index), gate_TK, 0.0), axis=-1)
         chosen_T = np.any((answer.candidate_TK == index) & answer.kept_TK, axis=-1)
         inner_T, outer_T = (weight_T, chosen_T) if problem.on_input else (jnp.ones_like(weight_T), weight_T)
-        y_TD = y_TD + outer_T[:, None] * expert(weights, kind, index, inner_T[:, None] * x_TD, jnp)
+        y_TD = y_TD + outer_T[:, None] * routed(config, weights, kind, index, inner_T[:, None] * x_TD, jnp)
     y_TD = with_shared(config, weights, kind, x_TD, y_TD, jnp)
     real = jnp.maximum(real_T.sum(), 1)
-    balance = config.num_experts * jnp.sum(shares_TE * smooth.probability_TE * real_T[:, None]) / real
+    balance = (1 / worth_E).sum() * jnp.sum(worth_E * shares_TE * smooth.probability_TE * real_T[:, None]) / real
     z = jnp.sum(smooth.logsumexp_T**2 * real_T) / real
     return jnp.sum(y_TD**2) + LOAD_WEIGHT * balance + Z_WEIGHT * z + smooth.penalty / real

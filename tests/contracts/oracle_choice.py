@@ -48,10 +48,12 @@ class Smooth:
 @dataclasses.dataclass(frozen=True)
 class RouterOracle:
     """decide: (problem, group) -> choice, a literal program. smooth: (problem, weights, x_TD, candidate_TK) -> smooth,
-    for jax in float64."""
+    for jax in float64. output: (problem, weights, x_SD, mask_S, expert) -> y_SD, for jax, where experts see no single
+    tokens."""
 
     decide: Callable[[Any, Group], Choice]
     smooth: Callable[[Any, Any, Any, np.ndarray], Smooth]
+    output: Callable[..., Any] | None = None
 
 
 def softmax(values):

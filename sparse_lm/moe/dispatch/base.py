@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.slots import SlotRule
-from sparse_lm.moe.types import TokenChoice
+from sparse_lm.moe.types import Decision
 from sparse_lm.sharding import Rules, axis_index, sum_over
 
 
@@ -32,14 +32,14 @@ class Dispatcher(abc.ABC):
 
     @abc.abstractmethod
     def local(
-        self, experts: Experts, x_GSD: jax.Array, decision: TokenChoice, ids_GS: jax.Array, key: jax.Array | None
+        self, experts: Experts, x_GSD: jax.Array, decision: Decision, ids_GS: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """One device's share. ids_GS: the number of each token in the whole batch. Returns float32 y and kept."""
 
     moves_tokens = False
 
     def __call__(
-        self, experts: Experts, x_GSD: Float[Array, "G S D"], decision: TokenChoice, key: jax.Array | None = None
+        self, experts: Experts, x_GSD: Float[Array, "G S D"], decision: Decision, key: jax.Array | None = None
     ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
         """Each token's gated sum over its experts, in the dtype of x, and which assignments were kept.
 

@@ -13,6 +13,7 @@ from sparse_lm.moe.routers.relu import Relu
 from sparse_lm.moe.routers.sigmoid import Sigmoid
 from sparse_lm.moe.routers.sinkhorn import Sinkhorn
 from sparse_lm.moe.routers.sparse_mixer import SparseMixer
+from sparse_lm.moe.routers.soft import SoftMixture
 from sparse_lm.moe.routers.top_k import TopK
 
 __all__ = ["ROUTERS", "Router", "RouterConfig", "RouterShape"]
@@ -31,5 +32,6 @@ ROUTERS: dict[str, type[RouterConfig]] = {
         Sinkhorn,
         Base,
         SparseMixer,
+        SoftMixture,
     )
 }

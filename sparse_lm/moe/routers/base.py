@@ -12,18 +12,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm.config import Config
-from sparse_lm.moe.types import RouterInputs, RouterStats, Scores, TokenChoice
+from sparse_lm.moe.types import Decision, RouterInputs, RouterStats, Scores
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterShape:
-    """What every router is told about the layer that it serves."""
+    """What every router is told about the layer that it serves. slots: of an expert per group, where that is fixed."""
 
     d_model: int
     num_experts: int
     top_k: int
+    slots: int | None = None
 
 
 class RouterState(nnx.Variable):
@@ -37,7 +38,7 @@ class Router(nnx.Module, abc.ABC):
     """
 
     @abc.abstractmethod
-    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
+    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[Decision, Scores]:
         """Decides for every group by itself. key: None is evaluation."""
 
     def updated(self, stats: RouterStats) -> Self:
@@ -60,6 +61,8 @@ class RouterConfig(Config, abc.ABC):
     causal = True  # whether a token's experts depend on no later token
     learned = True  # whether a gradient reaches the router's scores, so that balance losses mean something
     needs_slots = False  # whether experts fill their slots, so that there must be a capacity
+    fixed_slots = False  # whether slots have weights, so that their number cannot change
+    dispatchers: tuple[str, ...] | None = None  # those that can carry the decisions; None is all
     takes_free = False  # whether some of the experts may be free ones (`moe.free`), which have no slots
 
 
