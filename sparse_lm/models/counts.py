@@ -49,9 +49,9 @@ class Part:
 class Counts:
     """The parts of a model. `embedding`, `unembedding` (empty when tied) and `positions` (learned ones) are tables.
 
-    dense: feed-forward layers that are not sparse. free: the weights of constant experts. shared: experts that see every token. depth: routers and predictors
-    of blocks that tokens may skip. score_width: layers x heads x head_dim, what attention scores cost beside their
-    parameters.
+    dense: feed-forward layers that are not sparse. free: the weights of constant experts. shared: experts that see every
+    token. depth: routers and predictors of blocks that tokens may skip. score_width: layers x heads x head_dim, what
+    attention scores cost beside their parameters.
     """
 
     embedding: Part

@@ -15,7 +15,8 @@ from sparse_lm.sharding import Rules
 
 
 class FreeExperts(nnx.Module):
-    """E(x) = 0, E(x) = x, and E(x) = a1 x + a2 v with (a1, a2) = softmax(x W), numbered so, after the feed-forward ones.
+    """E(x) = 0, E(x) = x, and E(x) = a1 x + a2 v with (a1, a2) = softmax(x W), in this order after the
+    feed-forward ones.
 
     Every device computes them where the token is, in float32; they take no slots, so that none of their assignments is
     dropped. Source: Jin et al. 2024 (2410.07348), section 3.1. Conventions that it leaves open: W has no bias and
