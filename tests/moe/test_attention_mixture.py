@@ -15,7 +15,7 @@ from sparse_lm.moe.attention.mixture import Mixture, MixtureAttention
 from sparse_lm.moe.routers.expert_choice import ExpertChoice
 from sparse_lm.moe.routers.hash import Hash
 from sparse_lm.moe.routers.relu import Relu
-from sparse_lm.moe.routers.sigmoid import Sigmoid
+from sparse_lm.moe.routers.sigmoid import Sigmoid, SigmoidRouter
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.stats import unaccounted
 from sparse_lm.nn.attention import Attention
@@ -110,6 +110,7 @@ def test_a_state_follows_the_loads():
     whole = jax.tree.map(lambda leaf: leaf.sum(0, keepdims=True), stats.router)
     updated = layer.with_updated_router(type(stats)(whole, stats.dispatch))
     load = np.asarray(stats.router.load_UE).sum(0)
+    assert isinstance(updated.router, SigmoidRouter) and isinstance(layer.router, SigmoidRouter)
     np.testing.assert_allclose(updated.router.bias_E[...], 0.1 * np.sign(load.mean() - load), rtol=1e-6)
     np.testing.assert_array_equal(layer.router.bias_E[...], 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import attention_cases as cases
 import attention_oracle as oracle
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -63,8 +64,8 @@ def test_losses_are_means_over_heads_and_sides():
             balances.append(EXPERTS * share @ probability)
             squares.append(np.mean(np.log(np.exp(logits[:, head]).sum(-1)) ** 2))
     router = jax.tree.map(lambda leaf: leaf.sum(0)[None, None], stats.router)
-    np.testing.assert_allclose(load_balance(router, 10), [np.mean(balances)], rtol=1e-5)
-    np.testing.assert_allclose(z_loss(router, 10), [np.mean(squares)], rtol=1e-5)
+    np.testing.assert_allclose(load_balance(router, jnp.asarray(10)), [np.mean(balances)], rtol=1e-5)
+    np.testing.assert_allclose(z_loss(router, jnp.asarray(10)), [np.mean(squares)], rtol=1e-5)
     np.testing.assert_allclose(router.importance_UE.sum(), 10, rtol=1e-5)
 
 
