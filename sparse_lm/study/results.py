@@ -52,7 +52,7 @@ class Results:
         return stats.summary(found) if found else None
 
     def detectable(self) -> float | None:
-        """The smallest difference in the study's measure to the first variant that the seeds could show: the median."""
+        """The smallest difference to the baseline that the seeds could show, in the study's measure: the median."""
         reference = self.values.get(self.plan.study.measure, {})
         first = reference.get(BASELINE, {})
         found = []

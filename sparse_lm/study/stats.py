@@ -105,7 +105,7 @@ def smallest_detectable(differences: Sequence[float], confidence: float = CONFID
 
 
 def luck(n: int, confidence: float = CONFIDENCE) -> float:
-    """About the chance that a comparison of n pairs is called shown although neither side is better.
+    """About the chance that a comparison of n pairs is called shown although the true mean is at the end of its range.
 
     With few pairs the interval spans all differences, and they fall on one side together once in 2**n times.
     """
