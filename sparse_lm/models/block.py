@@ -28,6 +28,7 @@ class Context:
     ids_BL: token ids. positions_BL, mask_BLT: see `Attention`. real_BL: False is padding. start: index in the cache of
     the first token, or None without a cache. previous_BL: id of the token before in the same document, -1 where there
     is none; None is -1 everywhere. replay: see `moe.types.Replay`, of this layer, or of all stacked in a whole model.
+    carried_BLE: what the sparse layer before handed on to the router; None where routers ask for nothing.
     """
 
     ids_BL: Int[Array, "B L"]
@@ -37,6 +38,7 @@ class Context:
     start: jax.Array | None = None
     previous_BL: Int[Array, "B L"] | None = None
     replay: Replay | None = None
+    carried_BLE: Float[Array, "B L E"] | None = None
 
 
 class Block(nnx.Module):
@@ -78,9 +80,8 @@ class Block(nnx.Module):
         inputs = self.feed_forward_norm(x_BLD) if pre else x_BLD
         stats = None
         if isinstance(self.feed_forward, MoE):
-            y_BLD, stats = self.feed_forward(
-                inputs, context.real_BL, feed_forward_key, context.ids_BL, context.previous_BL, context.replay
-            )
+            beside = (context.ids_BL, context.previous_BL, context.replay, context.carried_BLE)
+            y_BLD, stats = self.feed_forward(inputs, context.real_BL, feed_forward_key, *beside)
         else:
             y_BLD = self.feed_forward(inputs, feed_forward_key)
         x_BLD = x_BLD + y_BLD if pre else self.feed_forward_norm(x_BLD + y_BLD)

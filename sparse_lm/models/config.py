@@ -117,6 +117,13 @@ class ModelConfig(Config):
             raise ConfigError(
                 "depth.every", self.depth.every, f"wraps no layer of {self.num_layers}; depth=None wraps none"
             )
+        if self.moe is not None and self.moe.router.pathway:
+            raise ConfigError(
+                "moe.router.pathway",
+                True,
+                "needs every token's logits in the sparse layer before, and tokens that skip a layer have none; use "
+                "pathway=False or depth=None",
+            )
         routed_inside = any(kind.sparse and kind.wrapped for kind in self.layers)
         if routed_inside and self.moe is not None and self.moe.group_size is not None:
             raise ConfigError(

@@ -49,7 +49,7 @@ class Part:
 class Counts:
     """The parts of a model. `embedding`, `unembedding` (empty when tied) and `positions` (learned ones) are tables.
 
-    dense: feed-forward layers that are not sparse. free: the weights of constant experts. shared: experts that see every
+    dense: feed-forward layers that are not sparse. free: weights of constant experts. shared: experts that see every
     token. depth: routers and predictors of blocks that tokens may skip. score_width: layers x heads x head_dim, what
     attention scores cost beside their parameters.
     """
@@ -182,7 +182,7 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
 
     Every layer gets the hidden width that a token sees in a sparse one: (top_k + num_shared) * d_expert, or beside
     free experts the expected number for top_k, the width rounded. Free experts and the router are
-    extra in the sparse model and has no counterpart. Attention experts become one attention with as many heads as a
+    extra in the sparse model and have no counterpart. Attention experts become one attention with as many heads as a
     token has. Where tokens skip layers, the twin has as many layers as a token passes on average, rounded, and the
     hidden width that gives its products with weights the same FLOPs.
 

@@ -50,8 +50,8 @@ class Unit(nnx.Module):
 
     def __call__(
         self, x_BLD: jax.Array, context: Context, key: jax.Array | None, caches: tuple[BlockCache, ...] | None
-    ) -> tuple[jax.Array, Reports, tuple[BlockCache, ...] | None]:
-        """Runs the layers; the reports of each kind are stacked."""
+    ) -> tuple[jax.Array, jax.Array | None, Reports, tuple[BlockCache, ...] | None]:
+        """Runs the layers: output, what the last router handed on, reports (each kind stacked), caches."""
         reports, stored, replay, sparse = [], [], context.replay, 0
         keys = split_keys(key, len(self.blocks))
         for i, block in enumerate(self.blocks):
@@ -62,9 +62,13 @@ class Unit(nnx.Module):
             cache = None if caches is None else caches[i]
             # A block's cache is of its own kind.
             x_BLD, report, cache = block(x_BLD, context, keys[i], cache)  # type: ignore[arg-type]
+            if report.feed_forward is not None and report.feed_forward.carried_BLE is not None:
+                context = dataclasses.replace(context, carried_BLE=report.feed_forward.carried_BLE)
+                kept = dataclasses.replace(report.feed_forward, carried_BLE=None)
+                report = dataclasses.replace(report, feed_forward=kept)
             reports.append(report)
             stored.append(cache)
-        return x_BLD, stack(reports), None if caches is None else tuple(stored)
+        return x_BLD, context.carried_BLE, stack(reports), None if caches is None else tuple(stored)
 
 
 def segments(layers: tuple[Kind, ...], period: int) -> list[tuple[int, tuple[Kind, ...]]]:
@@ -89,7 +93,7 @@ class Stack(nnx.Module):
     """All layers of a model."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, rules: Rules):
-        self.config = config
+        self.config, self.rules = config, rules
         self.plan = tuple(segments(config.layers, config.period))
         self.units = nnx.List(
             [
@@ -102,7 +106,7 @@ class Stack(nnx.Module):
         self, x_BLD: Float[Array, "B L D"], context: Context, key: jax.Array | None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Reports, Cache | None]:
         """The last layer's output; the layers' reports, each kind stacked over the layers that make it; the cache."""
-        all_reports, all_caches, start = [], [], 0
+        all_reports, all_caches, start, carried_BLE = [], [], 0, self._nothing_carried(x_BLD)
         keys = split_keys(key, len(self.plan))
         for i, (repeats, pattern) in enumerate(self.plan):
             places = sum(kind.sparse for kind in pattern)
@@ -111,7 +115,7 @@ class Stack(nnx.Module):
             layer_key = keys[i]
             layer_keys = None if layer_key is None else jax.random.split(layer_key, repeats)
             inputs = (self.units[i], layer_keys, None if cache is None else cache[i], replay)
-            x_BLD, (reports, stored) = self._run(x_BLD, context, inputs, repeats)
+            (x_BLD, carried_BLE), (reports, stored) = self._run((x_BLD, carried_BLE), context, inputs, repeats)
             all_reports.append(flatten(reports))
             all_caches.append(stored)
         return x_BLD, concatenate(all_reports), None if cache is None else tuple(all_caches)
@@ -143,21 +147,30 @@ class Stack(nnx.Module):
             start = stop
         return new
 
-    def _run(self, x_BLD, context, inputs, repeats):
-        def body(x_BLD, inputs):
+    def _nothing_carried(self, x_BLD: jax.Array) -> jax.Array | None:
+        """What the router of the first sparse layer gets, if routers ask for what is handed on."""
+        moe = self.config.moe
+        if moe is None or not moe.router.pathway:
+            return None
+        return self.rules.constrain(jnp.zeros((*x_BLD.shape[:2], moe.num_choices), jnp.float32), "BLE")
+
+    def _run(self, carry, context, inputs, repeats):
+        def body(carry, inputs):
+            x_BLD, carried_BLE = carry
             unit, key, caches, replay = inputs
-            x_BLD, reports, caches = unit(x_BLD, dataclasses.replace(context, replay=replay), key, caches)
-            return x_BLD, (reports, caches)
+            context_here = dataclasses.replace(context, replay=replay, carried_BLE=carried_BLE)
+            x_BLD, carried_BLE, reports, caches = unit(x_BLD, context_here, key, caches)
+            return (x_BLD, carried_BLE), (reports, caches)
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
-            return jax.lax.scan(body, x_BLD, inputs)
+            return jax.lax.scan(body, carry, inputs)
         outputs = []
         for i in range(repeats):
-            x_BLD, output = body(x_BLD, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
+            carry, output = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
             outputs.append(output)
-        return x_BLD, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _by_unit(replay: Replay | None, start: int, repeats: int, places: int) -> Replay | None:

@@ -51,13 +51,14 @@ class MoE(nnx.Module):
         ids_BL: Int[Array, "B L"] | None = None,
         previous_BL: Int[Array, "B L"] | None = None,
         replay: Replay | None = None,
+        carried_BLE: Float[Array, "B L E"] | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerStats]:
         """The experts' output and the statistics of the routing.
 
         mask_BL: False is padding, which reaches no routed expert. ids_BL: token ids, for routers that look at them;
         None is 0 everywhere. previous_BL: the id before in the same document, -1 where there is none; None is -1
-        everywhere. key: None is evaluation: no noise, no dropout, the capacity of evaluation. Raises `ValueError` when
-        the tokens cannot be cut into groups.
+        everywhere. carried_BLE: see `RouterInputs`. key: None is evaluation: no noise, no dropout, the capacity of
+        evaluation. Raises `ValueError` when the tokens cannot be cut into groups.
         """
         config, rules = self.config, self.rules
         batch, length = mask_BL.shape
@@ -68,7 +69,8 @@ class MoE(nnx.Module):
         ids_GS = self._grouped(jnp.zeros_like(mask_BL, jnp.int32) if ids_BL is None else ids_BL, size)
         dispatcher = self.dispatcher(size, training=key is not None)
         previous_GS = None if previous_BL is None else self._grouped(previous_BL, size)
-        inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity, previous_GS)
+        carried_GSE = None if carried_BLE is None else self._grouped(carried_BLE, size)
+        inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity, previous_GS, carried_GSE)
         decision, scores = self.router(inputs, router_key)
         if config.priority == "random" and order_key is not None:
             order_GS = rules.constrain(jax.random.uniform(order_key, mask_GS.shape), "GS")
@@ -88,6 +90,9 @@ class MoE(nnx.Module):
             router_stats(counted, scores, mask_GS, unit, rules),
             dispatch_stats(counted, kept_GSK, mask_GS),
             counted if replay is not None and replay.record else None,
+            None
+            if scores.carried_GSE is None
+            else self._ungrouped(scores.carried_GSE, (batch, length, config.num_choices)),
         )
         return y_BLD, stats
 

@@ -19,8 +19,8 @@ PRIORITIES = get_args(Priority)
 def capacity(factor: float | None, top_k: int, group_size: int, num_experts: float) -> int:
     """Slots of an expert per group: ceil(factor * k * S / E), at most S, since a token takes an expert once.
 
-    num_experts: with free experts beside, `MoEConfig.worth`. factor: None gives S: nothing can be dropped. Convention: k is included (V-MoE, Megatron; not Mesh-TensorFlow,
-    flaxformer), rounded up.
+    num_experts: with free experts beside, `MoEConfig.worth`. factor: None gives S: nothing can be dropped.
+    Convention: k is included (V-MoE, Megatron; not Mesh-TensorFlow, flaxformer), rounded up.
     """
     if factor is None:
         return group_size

@@ -27,6 +27,7 @@ class RouterInputs:
     x_GSD: activations. mask_GS: False is padding, which gets no expert. ids_GS: token ids. slots: how many tokens of a
     group an expert takes, for routers that fill them (the others may choose as they like; what is too much is dropped).
     previous_GS: id of the token before in the same document, -1 where there is none; None is -1 everywhere.
+    carried_GSE: what the sparse layer before handed on (`Scores.carried_GSE`), 0 in the first; None where none does.
     """
 
     x_GSD: Float[Array, "G S D"]
@@ -34,6 +35,7 @@ class RouterInputs:
     ids_GS: Int[Array, "G S"]
     slots: int = dataclasses.field(metadata={"static": True})
     previous_GS: Int[Array, "G S"] | None = None
+    carried_GSE: Float[Array, "G S E"] | None = None
 
 
 @pytree_dataclass
@@ -89,12 +91,13 @@ class Scores:
     """What a router thought of every expert, whatever it decided; float32. Balance losses are made of it.
 
     probability_GSE: sums to 1 over the experts. logsumexp_GS: of the logits. penalty_GS: a loss of the router's own per
-    token, its weight included; None is 0.
+    token, its weight included; None is 0. carried_GSE: for the router of the next sparse layer, where it asks for that.
     """
 
     probability_GSE: Float[Array, "G S E"]
     logsumexp_GS: Float[Array, "G S"]
     penalty_GS: Float[Array, "G S"] | None = None
+    carried_GSE: Float[Array, "G S E"] | None = None
 
 
 @pytree_dataclass
@@ -146,8 +149,10 @@ class LayerStats:
     """All that a sparse layer reports, layers stacked in front when it comes out of a model.
 
     decision: what was decided, if it was asked for (`Replay`); it does not add up like the rest.
+    carried_BLE: what the router hands on (`Scores.carried_GSE`), from layer to layer only; not in what a model reports.
     """
 
     router: RouterStats
     dispatch: DispatchStats
     decision: TokenChoice | None = None
+    carried_BLE: Float[Array, "B L E"] | None = None

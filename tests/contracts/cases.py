@@ -140,7 +140,16 @@ ROUTER_CASES: dict[str, Case] = {
         state=(("bias_E", BIAS),),
     ),
     "moe_plus_plus": Case(
-        moe(2, num_zero=1, num_copy=1, num_constant=2, free_share=0.75, capacity_factor=0.8, priority="token")
+        moe(
+            2,
+            {"pathway": True},
+            num_zero=1,
+            num_copy=1,
+            num_constant=2,
+            free_share=0.75,
+            capacity_factor=0.8,
+            priority="token",
+        )
     ),
     "free_after_drop": Case(
         moe(3, {"renormalise": "after_drop"}, "group", num_constant=3, num_copy=2, num_shared=1, capacity_factor=0.8),
@@ -149,7 +158,7 @@ ROUTER_CASES: dict[str, Case] = {
     "free_input": Case(
         moe(
             2,
-            Sigmoid(init_scale=ROUTER_SCALE, scale=1.0, gate_on="input"),
+            Sigmoid(init_scale=ROUTER_SCALE, scale=1.0, gate_on="input", pathway=True),
             "sequence",
             num_zero=2,
             num_constant=1,

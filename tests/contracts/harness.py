@@ -73,13 +73,20 @@ def previous_ids() -> np.ndarray:
     return previous_BL
 
 
+def carried(case: cases.Case) -> np.ndarray:
+    """Logits of a layer before."""
+    shape = (BATCH, LENGTH, case.moe.num_choices)
+    return np.random.default_rng(5).normal(size=shape).astype(np.float32)
+
+
 def build(case: cases.Case) -> MoE:
     """The layer with the same weights whatever the dispatcher, and with the state that the case asks for."""
     assert case.moe.d_expert is not None
     layer = MoE(jax.random.key(1), WIDTH, case.moe.d_expert, case.activation, case.moe, DEFAULT)
 
     def random_bias(path, leaf):  # they start at 0, where a wrong one would not show
-        return jax.random.normal(jax.random.key(3), leaf.shape) if "bias" in jax.tree_util.keystr(path) else leaf
+        name = jax.tree_util.keystr(path)
+        return jax.random.normal(jax.random.key(3), leaf.shape) if "bias" in name or "pathway" in name else leaf
 
     nnx.update(layer, jax.tree_util.tree_map_with_path(random_bias, nnx.state(layer, nnx.Param)))
     for name, value in case.state:
@@ -106,10 +113,13 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
         x_BLD = DEFAULT.constrain(jnp.asarray(x, dtype), "BLD")
         rows = (mask, token_ids(), previous_ids())
         mask_BL, ids_BL, previous_BL = (DEFAULT.constrain(jnp.asarray(value), "BL") for value in rows)
+        carried_BLE = DEFAULT.constrain(jnp.asarray(carried(case)), "BLE") if case.moe.router.pathway else None
 
         def loss(parameters, x_BLD, mask_BL, key):
             key = key if case.training else None
-            y_BLD, stats = nnx.merge(graph, parameters, rest)(x_BLD, mask_BL, key, ids_BL, previous_BL)
+            y_BLD, stats = nnx.merge(graph, parameters, rest)(
+                x_BLD, mask_BL, key, ids_BL, previous_BL, carried_BLE=carried_BLE
+            )
             router = jax.tree.map(lambda leaf: leaf[None], stats.router)
             tokens = jnp.sum(stats.router.tokens_U)
             whole = jnp.sum(router.load_UE, axis=1) if case.moe.balance.scope == "global" else None
@@ -144,7 +154,7 @@ def problem_of(name: str) -> oracle.Problem:
         {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), kind)).items()}
         for kind in (nnx.Param, RouterState)
     )
-    rows = (x_BLD.astype(np.float64), mask_BL, token_ids(), previous_ids())
+    rows = (x_BLD.astype(np.float64), mask_BL, token_ids(), previous_ids(), carried(case).astype(np.float64))
     return oracle.Problem(case.moe, case.activation, case.training, weights, *rows, state)
 
 

@@ -62,6 +62,7 @@ class Problem:
     mask_BL: np.ndarray
     ids_BL: np.ndarray
     previous_BL: np.ndarray
+    carried_BLE: np.ndarray
     state: Weights = dataclasses.field(default_factory=dict)
 
     @property
@@ -202,11 +203,11 @@ def layer(problem: Problem) -> Answer:
     config, weights = problem.config, problem.weights
     batch, length, width = problem.x_BLD.shape
     x_TD, mask_T, ids_T = problem.x_BLD.reshape(-1, width), problem.mask_BL.reshape(-1), problem.ids_BL.reshape(-1)
-    previous_T = problem.previous_BL.reshape(-1)
+    previous_T, carried_TE = problem.previous_BL.reshape(-1), problem.carried_BLE.reshape(len(x_TD), -1)
     tokens, size = batch * length, problem.group_size
     worth_E = oracle_free.worths(config)
     groups = [
-        Group(x_TD[i : i + size], mask_T[i : i + size], ids_T[i : i + size], problem.slots, previous_T[i : i + size])
+        Group(*(of_T[i : i + size] for of_T in (x_TD, mask_T, ids_T, previous_T, carried_TE)), problem.slots)
         for i in range(0, tokens, size)
     ]
     choices = [problem.router.decide(problem, group) for group in groups]

@@ -13,13 +13,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """What a router sees of one group. ids_S: token ids. slots: per expert. previous_S: ids before, -1 for none."""
+    """What a router sees of one group. ids_S: token ids. slots: per expert. previous_S: ids before, -1 for none.
+    carried_SE: logits of the layer before."""
 
     x_SD: np.ndarray
     mask_S: np.ndarray
     ids_S: np.ndarray
-    slots: int
     previous_S: np.ndarray
+    carried_SE: np.ndarray
+    slots: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,8 @@ def decide(problem, group: Group) -> Choice:
     """See `RouterOracle`."""
     router, bias_E = problem.config.router, problem.state["bias_E"]
     logits_SE = group.x_SD @ problem.weights["weight_DE"]
+    if router.pathway:
+        logits_SE = logits_SE + group.carried_SE @ problem.weights["pathway_KE"]
     if router.score == "sigmoid":
         score_SE = [[1 / (1 + math.exp(-value)) for value in logits_E] for logits_E in logits_SE]
     else:
@@ -52,7 +54,10 @@ def decide(problem, group: Group) -> Choice:
 def smooth(problem, weights, x_TD, candidate_TK) -> Smooth:
     """See `RouterOracle`."""
     router = problem.config.router
-    powers_TE = jnp.exp(x_TD @ weights["weight_DE"])
+    logits_TE = x_TD @ weights["weight_DE"]
+    if router.pathway:
+        logits_TE = logits_TE + problem.carried_BLE.reshape(logits_TE.shape) @ weights["pathway_KE"]
+    powers_TE = jnp.exp(logits_TE)
     if router.score == "sigmoid":
         score_TE = powers_TE / (1 + powers_TE)
     else:

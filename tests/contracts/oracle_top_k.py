@@ -34,6 +34,8 @@ def decide(problem, group: Group) -> Choice:
     """See `RouterOracle`."""
     router, top_k = problem.config.router, problem.config.top_k
     logits_SE = group.x_SD @ problem.weights["weight_DE"] + problem.weights.get("logit_bias_E", 0.0)
+    if router.pathway:
+        logits_SE = logits_SE + group.carried_SE @ problem.weights["pathway_KE"]
     chosen = [choose(logits_E, router, top_k) for logits_E in logits_SE]
     gate_SK = np.array([gates for _, gates, _ in chosen])
     if router.renormalise == "before_drop":
@@ -50,7 +52,10 @@ def decide(problem, group: Group) -> Choice:
 def smooth(problem, weights, x_TD, candidate_TK) -> Smooth:
     """See `RouterOracle`."""
     router = problem.config.router
-    powers_TE = jnp.exp(x_TD @ weights["weight_DE"] + weights.get("logit_bias_E", 0.0))
+    logits_TE = x_TD @ weights["weight_DE"] + weights.get("logit_bias_E", 0.0)
+    if router.pathway:
+        logits_TE = logits_TE + problem.carried_BLE.reshape(logits_TE.shape) @ weights["pathway_KE"]
+    powers_TE = jnp.exp(logits_TE)
     probability_TE = powers_TE / powers_TE.sum(-1, keepdims=True)
     gate_TK = jnp.take_along_axis(probability_TE, jnp.asarray(candidate_TK), axis=1)
     if router.gate == "softmax_after" or router.renormalise == "before_drop":

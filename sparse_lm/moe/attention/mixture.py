@@ -60,6 +60,10 @@ class Mixture(AttentionExperts):
                 self.router.kind,
                 "lets later tokens of a row decide which heads earlier ones get; choose a causal router, such as top_k",
             )
+        if self.router.pathway:
+            raise ConfigError(
+                "router.pathway", True, "only routers of feed-forward layers hand their logits on; use False"
+            )
         if getattr(self.router, "gate_on", "output") != "output":
             raise ConfigError(
                 "router.gate_on", "input", "an attention expert has no input to scale but its queries; use output"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,23 +63,57 @@ class RouterConfig(Config, abc.ABC):
     needs_slots = False  # whether experts fill their slots, so that there must be a capacity
     fixed_slots = False  # whether slots have weights, so that their number cannot change
     dispatchers: tuple[str, ...] | None = None  # those that can carry the decisions; None is all
+    pathway = False  # whether it sees the logits of the sparse layer before; an option where a router can
     takes_free = False  # whether some of the experts may be free ones (`moe.free`), which have no slots
+
+
+class Extras(NamedTuple):
+    """What logits may have beside a linear map of the token.
+
+    bias: a learned one, which starts at 0 (gpt-oss). pathway: G_j = x W + G_{j-1} W_g, with G_{j-1} the logits of the
+    sparse layer before and no such term in the first (gating residuals: Jin et al. 2024, MoE++, section 3.2).
+    Conventions: W_g starts at 0, so that training starts from the router without it; gradients pass to the layers
+    before; every layer stores a W_g, and the first one's does nothing.
+    """
+
+    bias: bool = False
+    pathway: bool = False
+
+
+PLAIN = Extras()
 
 
 class LinearScores(nnx.Module):
     """The linear map from tokens to a logit per expert, in float32 (selective precision: Fedus et al. 2021, 2.4)."""
 
-    def __init__(self, key: jax.Array, shape: RouterShape, init_scale: float, rules: Rules, bias: bool = False):
-        """bias: whether logits have a learned bias, which starts at 0 (gpt-oss)."""
+    def __init__(self, key: jax.Array, shape: RouterShape, init_scale: float, rules: Rules, extras: Extras = PLAIN):
+        """extras: what the logits have beside."""
         self.rules = rules
+        bias, pathway = extras
         self.logit_bias_E = nnx.Param(jnp.zeros((shape.num_experts,), jnp.float32)) if bias else None
         self.weight_DE = nnx.Param(fan_in_normal(key, (shape.d_model, shape.num_experts), shape.d_model, init_scale))
+        experts = shape.num_experts
+        self.pathway_KE = nnx.Param(jnp.zeros((experts, experts), jnp.float32)) if pathway else None
 
-    def __call__(self, x_GSD: Float[Array, "G S D"], jitter: float, key: jax.Array | None) -> Float[Array, "G S E"]:
-        """Logits. jitter: the input is multiplied by a uniform number in [1 - jitter, 1 + jitter], in training only."""
+    def __call__(
+        self,
+        x_GSD: Float[Array, "G S D"],
+        jitter: float,
+        key: jax.Array | None,
+        carried_GSE: Float[Array, "G S E"] | None = None,
+    ) -> Float[Array, "G S E"]:
+        """Logits. jitter: the input is multiplied by a uniform number in [1 - jitter, 1 + jitter], in training only.
+
+        carried_GSE: the logits of the sparse layer before, if the pathway counts; None is 0.
+        """
         x_GSD = x_GSD.astype(jnp.float32)
         if jitter > 0 and key is not None:
             noise = jax.random.uniform(key, x_GSD.shape, jnp.float32, 1 - jitter, 1 + jitter)
             x_GSD = x_GSD * self.rules.constrain(noise, "GSD")
         logits_GSE = self.rules.einsum("GSD,DE->GSE", x_GSD, self.rules.whole(self.weight_DE[...]))
-        return logits_GSE if self.logit_bias_E is None else logits_GSE + self.rules.whole(self.logit_bias_E[...])
+        if self.logit_bias_E is not None:
+            logits_GSE = logits_GSE + self.rules.whole(self.logit_bias_E[...])
+        if self.pathway_KE is not None and carried_GSE is not None:
+            weight_KE = self.rules.whole(self.pathway_KE[...])
+            logits_GSE = logits_GSE + self.rules.einsum("GSK,KE->GSE", carried_GSE, weight_KE)
+        return logits_GSE

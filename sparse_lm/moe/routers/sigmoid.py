@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_lm.config import ConfigError, option
-from sparse_lm.moe.routers.base import LinearScores, Router, RouterConfig, RouterShape, RouterState
+from sparse_lm.moe.routers.base import Extras, LinearScores, Router, RouterConfig, RouterShape, RouterState
 from sparse_lm.moe.types import RouterInputs, RouterStats, Scores, TokenChoice
 from sparse_lm.sharding import Rules
 
@@ -40,6 +40,7 @@ class Sigmoid(RouterConfig):
         does not depend on the size of the batch.
     gate_on: what the gate multiplies: the expert's `output`, or its `input` (Llama 4, with top_k=1,
         renormalise=none, scale=1, bias_rate=0).
+    pathway: add what the logits of the sparse layer before say, times a matrix (MoE++); see `Extras`.
     init_scale: of the router's weights, see `fan_in_normal`. DeepSeek's standard deviation of 0.006 is 0.006**2 * D.
     """
 
@@ -55,6 +56,7 @@ class Sigmoid(RouterConfig):
     bias_rate: float = option(0.001, ge=0)
     bias_rule: Literal["sign", "linear"] = "sign"
     gate_on: Literal["output", "input"] = "output"
+    pathway: bool = False
     init_scale: float = option(0.1, gt=0)
 
     def check(self) -> None:
@@ -100,13 +102,13 @@ class SigmoidRouter(Router):
 
     def __init__(self, key: jax.Array, config: Sigmoid, shape: RouterShape, rules: Rules):
         self.config, self.top_k, self.rules = config, shape.top_k, rules
-        self.scores = LinearScores(key, shape, config.init_scale, rules)
+        self.scores = LinearScores(key, shape, config.init_scale, rules, Extras(pathway=config.pathway))
         self.bias_E = RouterState(jnp.zeros((shape.num_experts,), jnp.float32))
 
     def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
         """See `Router`. There is no noise: training and evaluation choose alike."""
         config = self.config
-        logits_GSE = self.scores(inputs.x_GSD, 0.0, None)
+        logits_GSE = self.scores(inputs.x_GSD, 0.0, None, inputs.carried_GSE)
         if config.score == "sigmoid":
             score_GSE = jax.nn.sigmoid(logits_GSE)
             probability_GSE = score_GSE / (jnp.sum(score_GSE, axis=-1, keepdims=True) + TINY)
@@ -123,7 +125,8 @@ class SigmoidRouter(Router):
             gate_GSK=jnp.where(real_GS1, config.scale * gate_GSK, 0.0),
             gate_on=config.gate_on,
         )
-        return decision, Scores(probability_GSE, jax.nn.logsumexp(logits_GSE, axis=-1))
+        carried_GSE = logits_GSE if config.pathway else None
+        return decision, Scores(probability_GSE, jax.nn.logsumexp(logits_GSE, axis=-1), carried_GSE=carried_GSE)
 
     def updated(self, stats: RouterStats) -> Self:
         """The router after a step: experts with less than the mean load become easier to choose, the others harder."""

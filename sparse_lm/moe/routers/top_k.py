@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.config import ConfigError, option
-from sparse_lm.moe.routers.base import LinearScores, Router, RouterConfig, RouterShape
+from sparse_lm.moe.routers.base import Extras, LinearScores, Router, RouterConfig, RouterShape
 from sparse_lm.moe.types import RouterInputs, Scores, TokenChoice
 from sparse_lm.sharding import Rules
 
@@ -28,6 +28,7 @@ class TopK(RouterConfig):
         probability min(1, g / second_threshold)). g is the choice's share of the gates of the token's first two
         choices; in evaluation the random policies keep all.
     init_scale: of the router's weights, see `fan_in_normal`. bias: of the logits, learned (gpt-oss).
+    pathway: add what the logits of the sparse layer before say, times a matrix (MoE++); see `Extras`.
     """
 
     kind = "top_k"
@@ -40,6 +41,7 @@ class TopK(RouterConfig):
     second_threshold: float = option(0.2, gt=0, le=1)
     init_scale: float = option(0.1, gt=0)
     bias: bool = False
+    pathway: bool = False
 
     def check_shape(self, shape: RouterShape) -> None:
         """Refuses gates that are constantly 1: the loss of the task would never reach the router."""
@@ -74,13 +76,13 @@ class TopKRouter(Router):
 
     def __init__(self, key: jax.Array, config: TopK, shape: RouterShape, rules: Rules):
         self.config, self.top_k = config, shape.top_k
-        self.scores = LinearScores(key, shape, config.init_scale, rules, config.bias)
+        self.scores = LinearScores(key, shape, config.init_scale, rules, Extras(config.bias, config.pathway))
 
     def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
         """See `Router`."""
         config = self.config
         jitter_key, policy_key = (None, None) if key is None else jax.random.split(key)
-        logits_GSE = self.scores(inputs.x_GSD, config.jitter, jitter_key)
+        logits_GSE = self.scores(inputs.x_GSD, config.jitter, jitter_key, inputs.carried_GSE)
         probability_GSE = jax.nn.softmax(logits_GSE, axis=-1)
         chosen_GSK, expert_GSK = jax.lax.top_k(logits_GSE, self.top_k)
         if config.gate == "softmax_after":
@@ -95,7 +97,8 @@ class TopKRouter(Router):
             expert_GSK=jnp.where(used_GSK, expert_GSK, -1).astype(jnp.int32),
             gate_GSK=jnp.where(used_GSK, gate_GSK, 0.0),
         )
-        return decision, Scores(probability_GSE, jax.nn.logsumexp(logits_GSE, axis=-1))
+        carried_GSE = logits_GSE if config.pathway else None
+        return decision, Scores(probability_GSE, jax.nn.logsumexp(logits_GSE, axis=-1), carried_GSE=carried_GSE)
 
     def _used(self, gate_GSK: jax.Array, key: jax.Array | None) -> jax.Array:
         """True for the choices that the policy uses; the first always is."""
