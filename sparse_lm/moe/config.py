@@ -69,8 +69,9 @@ class MoEConfig(Config):
         the divisor is `worth` (MoE++, the equation of its expert capacity); None drops nothing.
         capacity_factor_eval: the same in evaluation.
     priority: who gets a slot first, see `moe.slots.place`. `token` is the only one that is causal for every top_k:
-        under `first_choice` a later token's first choice takes the slot of an earlier token's second choice, and
-        under `probability`, `batch` and `random` any later token may push out an earlier one.
+        under `first_choice` a later token's first choice takes the slot of an earlier token's second choice (but not
+        with `prototype`, whose choices never share an expert), and under `probability`, `batch` and `random` any later
+        token may push out an earlier one.
     dispatcher: see `moe.dispatch`.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
@@ -142,7 +143,7 @@ class MoEConfig(Config):
             raise ConfigError(
                 "capacity_factor_eval",
                 self.capacity_factor_eval,
-                f"slots have weights with router.kind={kind}, so their number cannot change; use {self.capacity_factor}",
+                f"slots have weights with router.kind={kind}, so their number is fixed; use {self.capacity_factor}",
             )
 
     def router_shape(self, d_model: int) -> RouterShape:
@@ -216,5 +217,7 @@ class MoEConfig(Config):
         if self.grouping == "position":
             return True
         drops = self.capacity_factor is not None or self.capacity_factor_eval is not None
-        in_order = self.priority == "token" or (self.priority == "first_choice" and self.top_k == 1)
+        in_order = self.priority == "token" or (
+            self.priority == "first_choice" and (self.top_k == 1 or self.router.disjoint)
+        )
         return self.router.causal and (in_order or not drops)

@@ -59,6 +59,7 @@ class RouterConfig(Config, abc.ABC):
         """Raises `ConfigError` where the router cannot serve such a layer. Overridden where there is a limit."""
 
     causal = True  # whether a token's experts depend on no later token
+    disjoint = False  # whether different choices of tokens never share an expert
     learned = True  # whether a gradient reaches the router's scores, so that balance losses mean something
     needs_slots = False  # whether experts fill their slots, so that there must be a capacity
     fixed_slots = False  # whether slots have weights, so that their number cannot change

@@ -26,6 +26,7 @@ class Prototype(RouterConfig):
     """
 
     kind = "prototype"
+    disjoint = True
 
     init_scale: float = option(0.1, gt=0)
 
