@@ -78,10 +78,10 @@ class MoE(nnx.Module):
         if replay is not None and replay.forced is not None:
             decision = _forced(replay.forced, decision)
         counted = decision.choices(mask_GS) if isinstance(decision, Soft) else decision
-        sent = decision if self.free is None else self.free.others(decision)
+        sent = decision if self.free is None else self.free.others(counted)
         y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, sent, expert_key)
         if self.free is not None:
-            y_GSD, kept_GSK = combine(self.free, x_GSD, decision, y_GSD, kept_GSK, self._after_drop)
+            y_GSD, kept_GSK = combine(self.free, x_GSD, counted, y_GSD, kept_GSK, self._after_drop)
         y_BLD = self._ungrouped(y_GSD, x_BLD.shape)
         if self.shared is not None:
             y_BLD = self.shared(x_BLD, y_BLD, shared_key)

@@ -158,7 +158,8 @@ def test_without_the_option_nothing_is_carried():
     arrays = tokens()
     with harness.on_mesh(None):
         models = [build_decoder(jax.random.key(0), one, DEFAULT) for one in (plain, fresh)]
-        np.testing.assert_array_equal(*(one(*arrays)[0] for one in models))
+        without_BLV, with_BLV = (one(*arrays)[0] for one in models)
+        np.testing.assert_array_equal(without_BLV, with_BLV)
 
 
 def test_refusals():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def experts(numbers=(1, 1, 1), first=4) -> FreeExperts:
     return free
 
 
-def choice(expert_SK, gate_SK, gate_on="output") -> TokenChoice:
+def choice(expert_SK, gate_SK, gate_on: Literal["output", "input"] = "output") -> TokenChoice:
     """A decision of one group."""
     return TokenChoice(jnp.asarray([expert_SK], jnp.int32), jnp.asarray([gate_SK], jnp.float32), gate_on=gate_on)
 
