@@ -11,7 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_lm import sharding
 from sparse_lm.dims import LETTERS
-from sparse_lm.sharding import BATCH_AXES, DEFAULT, MESH_AXES, Rules, letters_of, make_mesh, mesh_shape, put
+from sparse_lm.sharding import (
+    BATCH_AXES,
+    DEFAULT,
+    MESH_AXES,
+    Rules,
+    abstract_sharded,
+    letters_of,
+    make_mesh,
+    mesh_shape,
+    put,
+)
 
 MESHES = [
     {"data": 8},
@@ -281,6 +291,20 @@ def test_parameter_specs_and_shards(mesh_of):
         assert cut["up_EDF"].addressable_shards[0].data.shape == (1, 4, 2)
         assert cut["layers"]["up_EDF"].addressable_shards[0].data.shape == (3, 1, 4, 2)
         np.testing.assert_array_equal(cut["up_EDF"], tree["up_EDF"])
+
+
+def test_an_axis_that_cannot_be_cut_evenly_stays_whole(mesh_of):
+    """A router that chooses among six experts, two of them free, on a mesh that cuts four."""
+    tree = {"weight_DE": normal(0, 4, 6), "up_EDF": normal(1, 4, 4, 8)}
+    mesh = mesh_of(fsdp=2, expert=4)
+    with jax.set_mesh(mesh):
+        stored = DEFAULT.shard_parameters(tree)
+        assert jax.typeof(stored["weight_DE"]).sharding.spec == P("fsdp", None)
+        assert stored["up_EDF"].addressable_shards[0].data.shape == (1, 2, 8)
+        np.testing.assert_array_equal(stored["weight_DE"], tree["weight_DE"])
+    shapes = abstract_sharded(jax.eval_shape(lambda: tree), DEFAULT, mesh)
+    assert shapes["weight_DE"].sharding.spec == P("fsdp", None)
+    assert shapes["up_EDF"].sharding.spec == P("expert", "fsdp", "model")
 
 
 def test_the_default_table_is_about_known_letters():

@@ -12,7 +12,7 @@ import pytest
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.reports import Reports
-from sparse_lm.moe.config import BalanceConfig
+from sparse_lm.moe.config import BalanceConfig, HeterogeneousBalance
 from sparse_lm.moe.types import DispatchStats, LayerStats, RouterStats
 from sparse_lm.objectives.causal import Totals, causal_loss, count, predicted, token_losses
 from sparse_lm.sharding import DEFAULT
@@ -106,6 +106,15 @@ def test_router_losses_by_hand(scope, balance):
     assert parts.stats is not None
     np.testing.assert_array_equal(parts.stats.router.load_UE, [[[3, 3]], [[3, 3]]])
     np.testing.assert_array_equal(parts.stats.router.tokens_U, [[6], [6]])
+
+
+@pytest.mark.parametrize(("scope", "balance"), [("group", [1.40625, 1.125]), ("global", [1.125, 1.125])])
+def test_experts_of_unequal_weight_by_hand(scope, balance):
+    """The second expert is a free one of half the weight: (1 + 2) * (f_1 P_1 + 0.5 f_2 P_2)."""
+    config = HeterogeneousBalance(load=0.1, z=0.0, scope=scope, expert_weights=(1.0, 0.5))
+    total, parts = causal_loss(apply_sparse, BATCH, None, Totals(jnp.asarray(4.0), jnp.asarray(6.0)), config, 2)
+    np.testing.assert_allclose(parts.load_balance_N, balance, rtol=1e-6)
+    np.testing.assert_allclose(total, nats().sum() / 4 + 0.1 * sum(balance), rtol=1e-6)
 
 
 def test_entropy_is_a_loss_where_it_has_a_weight():
