@@ -166,6 +166,7 @@ class _Problem:
 
     @staticmethod
     def of(kind: type[Law], points: Points, delta: float) -> _Problem:
+        """The problem of a law and points that are checked."""
         names = tuple(kind.coefficients)
         positive = np.array([kind.coefficients[name].positive for name in names])
         bounds = np.array([kind.coefficients[name].bounds for name in names])
@@ -176,13 +177,16 @@ class _Problem:
         return _Problem(kind, names, positive, low, high, columns, np.log(points.loss), delta)
 
     def coefficients(self, theta: np.ndarray) -> Any:
+        """By name, from the vector that is searched."""
         values = np.where(self.positive, np.exp(np.where(self.positive, theta, 0)), theta)
         return types.SimpleNamespace(**dict(zip(self.names, values, strict=True)))
 
     def law(self, theta: np.ndarray) -> Law:
+        """The law of a vector."""
         return self.kind(**{name: float(value) for name, value in vars(self.coefficients(theta)).items()})
 
     def residuals(self, theta: np.ndarray) -> np.ndarray:
+        """Log of predicted over measured loss, for each point; complex for a complex vector."""
         with np.errstate(all="ignore"):
             found = np.log(self.kind.formula(self.coefficients(theta), self.columns))
         return found - self.log_loss
@@ -199,6 +203,7 @@ class _Problem:
         return float(np.mean(huber)) if np.all(np.isfinite(huber)) else np.inf
 
     def descend(self, theta: np.ndarray) -> tuple[np.ndarray, float]:
+        """The minimum that a start leads to, and the objective there."""
         inside = np.clip(theta, self.low + 1e-9, self.high - 1e-9)
         # First without robustness: far from the minimum the Huber loss is an absolute value, whose kinks slow it down.
         for loss in ("linear", "huber"):

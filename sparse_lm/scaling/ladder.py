@@ -16,6 +16,7 @@ from typing import Any
 from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.models.counts import count
+from sparse_lm.telemetry.format import compact
 from sparse_lm.train.restore import tokenizer_of
 
 
@@ -162,6 +163,18 @@ def _rung(ladder: Ladder, name: str, budget: float, size: Size, experts: int) ->
         "sparsity": 1 - 1 / experts,
     }
     return Rung(name, budget, changes, base.replace(**changes), float(steps * per_step), columns), wanted
+
+
+def describe(plan: LadderPlan) -> str:
+    """Every run as text: its numbers, and below them its flags for experiments/train.py."""
+    lines = []
+    for rung in plan.rungs:
+        numbers = ", ".join(f"{name} {compact(rung.columns[name])}" for name in ("active", "total", "tokens"))
+        lines += [f"{rung.name}: {rung.flops:.4g} FLOPs, {numbers}", f"    {' '.join(rung.flags())}"]
+    if plan.left_out:
+        shown = ", ".join(f"{name} ({compact(steps)})" for name, steps in plan.left_out.items())
+        lines.append(f"left out for their number of steps: {shown}")
+    return "\n".join(lines)
 
 
 def load_ladder(path: Path) -> Ladder:

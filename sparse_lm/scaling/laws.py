@@ -39,6 +39,7 @@ LIMITS: dict[str, tuple[float, bool, float]] = {
 
 ROUTING_FLOPS = 14.0  # per router parameter and token, c_r of Krajewski et al. 2024, equation 10
 OTHER_FLOPS = 6.0  # per active parameter and token, c_f there
+EXPANSION = 64.0  # E of all their experiments
 WIDTH_PER_LAYER = 64.0  # d_model / n_blocks, held fixed there (section 6.1) and by Ludziejewski et al. 2025
 
 
@@ -228,8 +229,8 @@ class Granularity(Law):
         return c.c + size + c.b * x.tokens**-c.beta
 
     def flops_per_token(self, size: Any, fixed: Mapping[str, float]) -> np.ndarray:
-        """(12 d^2 c_f + d E G c_r) n with d = 64 n (equation 10 there). fixed: granularity, experts (E; else 64)."""
-        expansion = fixed.get("experts", 64.0)
+        """(12 d^2 c_f + d E G c_r) n with d = 64 n (equation 10 there). fixed: granularity, experts E, else 64."""
+        expansion = fixed.get("experts", EXPANSION)
         width = (WIDTH_PER_LAYER * np.asarray(size, float) / (8 * expansion + 4)) ** (1 / 3)
         router = width * expansion * fixed["granularity"] * ROUTING_FLOPS
         return (12 * width**2 * OTHER_FLOPS + router) * width / WIDTH_PER_LAYER

@@ -12,10 +12,10 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from sparse_lm.config import ConfigError
-from sparse_lm.scaling.laws import LIMITS, Chinchilla, Granularity, Law
+from sparse_lm.scaling.laws import EXPANSION, LIMITS, Chinchilla, Granularity, Law
 
-SIZES = (1e2, 1e18)  # parameters between which optima are searched
-_GRID = 400
+SIZES = (1e0, 1e24)  # parameters between which optima are searched
+_GRID = 800
 POWERS_OF_TWO = tuple(float(2**i) for i in range(9))
 
 
@@ -43,6 +43,11 @@ class IsoFlop:
 def needed(law: Law) -> tuple[str, ...]:
     """The columns that a budget leaves open beside size and tokens."""
     return tuple(name for name in law.columns[1:] if name != "tokens")
+
+
+def costly(law: Law) -> tuple[str, ...]:
+    """The same, and what only changes FLOPs: routers cost by the number of experts, which that law does not contain."""
+    return (*needed(law), *(("experts",) if isinstance(law, Granularity) else ()))
 
 
 def iso_flop(law: Law, flops: float, sizes: Sequence[float] | np.ndarray, fixed: Mapping[str, float]) -> IsoFlop:
@@ -93,7 +98,7 @@ def closed_form(law: Chinchilla, flops: float) -> Optimum:
 
 
 def best_granularity(
-    law: Granularity, flops: float, experts: float = 64.0, choices: Sequence[float] = POWERS_OF_TWO
+    law: Granularity, flops: float, experts: float = EXPANSION, choices: Sequence[float] = POWERS_OF_TWO
 ) -> Optimum:
     """Size, tokens and granularity together: the best of `choices`. experts: the expansion, which costs routing."""
     return min((optimum(law, flops, granularity=g, experts=experts) for g in choices), key=lambda one: one.loss)
@@ -104,10 +109,8 @@ def _check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
     for name in wanted:
         if name not in fixed:
             raise ConfigError(name, None, f"is needed: the law {law.kind} depends on it; give a number")
-    # Routers cost FLOPs by the number of experts, which the granularity law itself does not contain.
-    allowed = {*wanted, *(("experts",) if isinstance(law, Granularity) else ())}
     for name, value in fixed.items():
-        if name not in allowed:
+        if name not in costly(law):
             raise ConfigError(name, value, f"the law {law.kind} does not depend on it; leave it out")
         low, closed, high = LIMITS[name]
         if not (low < value or (closed and value == low)) or not value < high:
