@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     tuple(f"{unit}.config" for unit in LATE),  # declarations only, so that the root configuration can hold them
     ("experiment",),
     LATE,
-    ("planning", "scaling", "interop", "bench", "study"),
+    ("planning", "scaling", "interop", "bench", "study", "analysis"),
 )
 EXCEPTIONS = {("finetune", "train"), ("multitask", "train"), ("meta", "train"), ("train", "evals")}
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -1,0 +1,175 @@
+"""From the directory of a run to everything that is known about its experts: for `experiments/analyze.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.analysis.classes import Labels, position_bins, token_classes
+from sparse_lm.analysis.history import Saturation, saturation_over
+from sparse_lm.analysis.information import Information, count_pairs, specialisation
+from sparse_lm.analysis.intervene import Effects, effects
+from sparse_lm.analysis.observe import Observed, batch_rows, check_sparse, observe, tokens_of
+from sparse_lm.analysis.vocabulary import ExpertWords, vocabulary
+from sparse_lm.batch import Batch
+from sparse_lm.config import ConfigError
+from sparse_lm.data.loader import Dataset, build_dataset, validation_batches
+from sparse_lm.evals.routing import pair_counts
+from sparse_lm.moe.config import MoEConfig
+from sparse_lm.train.restore import Loaded, load_model
+from sparse_lm.train.run import read_info
+
+Kind = Literal["token class", "domain", "position"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """batches: of held-out rows that are looked at, eight rows each or what groups ask for. effect_batches: of those,
+    for removing and forcing, which takes layers x experts passes each; 0 leaves it out.
+
+    renormalise: when an expert is removed, the gates of a token's others grow to the sum of all. shuffles: behind every
+    baseline. step, best: which checkpoint, see `load_model`. Raises `ConfigError` when a number is too low.
+    """
+
+    batches: int = 16
+    effect_batches: int = 4
+    renormalise: bool = False
+    shuffles: int = 20
+    step: int | None = None
+    best: bool = False
+
+    def __post_init__(self):
+        for name, least in (("batches", 1), ("effect_batches", 0), ("shuffles", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(name, getattr(self, name), f"must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Specialisation:
+    """Of one kind of label: its names, and per layer the information and the assignments by expert and label."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    information: tuple[Information, ...]
+    counts_NEC: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that the page says. experts: their names. expected_data: False when the held-out text is not the run's.
+
+    pairs_NEE: tokens that chose both experts, on the diagonal the one. removal, forcing: None where they were left out.
+    """
+
+    workdir: Path
+    loaded: Loaded
+    options: Options
+    domains: tuple[str, ...]
+    expected_data: bool
+    experts: tuple[str, ...]
+    observed: Observed
+    specialisation: tuple[Specialisation, ...]
+    saturation: Saturation
+    pairs_NEE: np.ndarray
+    words: tuple[tuple[ExpertWords, ...], ...]
+    removal: Effects | None
+    forcing: Effects | None
+
+
+def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], None] = print) -> Analysis:
+    """Loads a run, routes held-out rows through it, and measures. The run is only read. `tell` gets lines of progress.
+
+    Raises `ConfigError` when there is no run, it is dense, or its experts are not chosen by tokens, and
+    `CheckpointError` when there is no such checkpoint.
+    """
+    info = read_info(workdir)
+    if info is not None:
+        check_sparse(info.experiment.model)  # before any data is read
+    loaded = load_model(workdir, options.step, options.best)
+    experiment = loaded.experiment
+    moe = check_sparse(experiment.model)
+    dataset = build_dataset(experiment.data, experiment.seed if experiment.data_seed is None else experiment.data_seed)
+    batches = validation_batches(dataset, batch_rows(moe, experiment.data.length), options.batches)
+    observed = observe(loaded.model, batches)
+    tell(f"step {loaded.step}: routed {len(observed.tokens.id_M):,} held-out tokens")
+    words = tuple(
+        vocabulary(observed.tokens, expert_MK, gate_MK, observed.num_experts, loaded.tokenizer)
+        for expert_MK, gate_MK in zip(observed.expert_NMK, observed.gate_NMK, strict=True)
+    )
+    chance = moe.top_k / moe.num_choices
+    history = saturation_over(workdir, loaded.step, batches, observed.decisions, chance)
+    tell(f"compared {len(history.steps)} checkpoints")
+    removal, forcing = _effects(loaded, batches, dataset, options, tell)
+    return Analysis(
+        workdir,
+        loaded,
+        options,
+        dataset.domains,
+        info is None or info.fingerprint == dataset.fingerprint,
+        expert_names(moe),
+        observed,
+        specialisations(observed, loaded, dataset.domains, options.shuffles),
+        history,
+        pair_counts(jnp.asarray(observed.expert_NMK[:, None]), observed.num_experts),
+        words,
+        removal,
+        forcing,
+    )
+
+
+def _effects(
+    loaded: Loaded, batches: Sequence[Batch], dataset: Dataset, options: Options, tell: Callable[[str], None]
+) -> tuple[Effects | None, Effects | None]:
+    if not options.effect_batches:
+        return None, None
+    domains = len(dataset.domains)
+    chosen = covering(batches, domains, options.effect_batches)
+    return (
+        effects(loaded.model, chosen, domains, "remove", options.renormalise, tell),
+        effects(loaded.model, chosen, domains, "force", progress=tell),
+    )
+
+
+def covering(batches: Sequence[Batch], num_domains: int, count: int) -> list[Batch]:
+    """At most `count` of the batches with as many domains in them as they can have, the rarest first; then the others
+    in order."""
+    sizes_XC = np.stack([np.bincount(tokens_of([batch]).domain_M, minlength=num_domains) for batch in batches])
+    chosen: list[int] = []
+    for domain in np.argsort(sizes_XC.sum(0), kind="stable"):
+        if sizes_XC[:, domain].any() and not sizes_XC[chosen, domain].any():
+            chosen.append(int(np.argmax(sizes_XC[:, domain])))
+    chosen += [i for i in range(len(batches)) if i not in chosen]
+    return [batches[i] for i in sorted(chosen[:count])]
+
+
+def specialisations(
+    observed: Observed, loaded: Loaded, domains: tuple[str, ...], shuffles: int
+) -> tuple[Specialisation, ...]:
+    """Token class, domain and position, each against its own kind of shuffle: domains move with whole documents."""
+    tokens = observed.tokens
+    classes = token_classes(loaded.tokenizer)
+    kinds: tuple[tuple[Kind, Labels, np.ndarray | None], ...] = (
+        ("token class", Labels(classes.names, classes.index_M[tokens.id_M]).used(), None),
+        ("domain", Labels(domains, tokens.domain_M).used(), tokens.part_M),
+        ("position", position_bins(tokens.position_M), None),
+    )
+    found = []
+    for kind, labels, block_M in kinds:
+        sizes = (observed.num_experts, len(labels.names))
+        information = tuple(
+            specialisation(expert_MK, labels.index_M, sizes, block_M, shuffles) for expert_MK in observed.expert_NMK
+        )
+        counts = [count_pairs(expert_MK, labels.index_M, *sizes) for expert_MK in observed.expert_NMK]
+        found.append(Specialisation(kind, labels.names, information, np.stack(counts)))
+    return tuple(found)
+
+
+def expert_names(moe: MoEConfig) -> tuple[str, ...]:
+    """Numbers from 0, as everywhere; free experts, which follow, are called by what they do."""
+    free = (("zero", moe.num_zero), ("copy", moe.num_copy), ("constant", moe.num_constant))
+    return (*map(str, range(moe.num_experts)), *(f"{name} {i}" for name, count in free for i in range(count)))

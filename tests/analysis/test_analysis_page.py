@@ -1,0 +1,106 @@
+"""The page and the JSON of an analysis: well-formed, complete, with the numbers of the analysis."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import analysis_cases as cases
+import numpy as np
+import pytest
+
+from sparse_lm.analysis.export import as_json, plain
+from sparse_lm.analysis.page import render, together_lift, write_analysis
+from sparse_lm.analysis.run import Options, analyze
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    workdir = cases.write_run(tmp_path_factory.mktemp("runs") / "a <run>", {3: 2, 6: 0})
+    return analyze(workdir, Options(batches=2, effect_batches=1, shuffles=2), lambda line: None)
+
+
+def parse(page):
+    return ET.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
+
+
+def words_of(page):
+    return " ".join("".join(parse(page).itertext()).split())
+
+
+def test_the_page_says_what_was_found(found):
+    page = render(found, "python experiments/analyze.py --workdir='a <run>'")
+    text = words_of(page)
+    for heading in (
+        "The experts of a <run>",
+        "What experts specialise in",
+        "Router saturation",
+        "Experts chosen together",
+        "Drops by position",
+        "Vocabulary of each expert",
+        "Without an expert, and with one alone",
+    ):
+        assert heading in text
+    best = max(x.bits for x in found.specialisation[1].information)
+    assert f"{best:.4f}" in text and "grammar000" in text
+    assert "python experiments/analyze.py --workdir='a <run>'" in text
+    worst = found.removal.change_NE.max()
+    assert f"{worst:+.4f} ±" in text
+    assert not re.search(r"\bnan\b", text)
+    # 2 layers: three kinds of labels, pairs, and two interventions; then saturation, drops and the legends.
+    charts = [svg.get("aria-label", "") for svg in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
+    assert sum(", layer " in name for name in charts) == 2 * (3 + 1 + 2)
+    assert {"Router saturation over steps", "Dropped assignments by position"} <= set(charts)
+
+
+def test_what_was_left_out_is_said(found):
+    bare = dataclasses.replace(found, removal=None, forcing=None, expected_data=False)
+    assert "Left out." in words_of(render(bare)) and "another fingerprint" in words_of(render(bare))
+    nothing = dataclasses.replace(found.observed, dropped_NP=np.zeros_like(found.observed.dropped_NP))
+    assert "Nothing was dropped" in words_of(render(dataclasses.replace(found, observed=nothing)))
+    alone = np.stack([np.diag(np.diag(layer)) for layer in found.pairs_NEE])
+    assert "No token has two experts" in words_of(render(dataclasses.replace(found, pairs_NEE=alone)))
+    renormalised = dataclasses.replace(found, options=dataclasses.replace(found.options, renormalise=True))
+    assert "grow to the same sum" in words_of(render(renormalised))
+
+
+def test_both_files_are_written(found):
+    path = write_analysis(found, "the command")
+    assert path == found.workdir / "analysis.html" and path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    stored = json.loads((found.workdir / "analysis.json").read_text())
+    assert stored["command"] == "the command" and stored["step"] == 6 and stored["tokens"] > 0
+
+
+def test_json_holds_the_numbers(found):
+    content = as_json(found)
+    domain = content["specialisation"]["domain"]
+    assert domain["labels"] == ["grammar000", "grammar001"]
+    assert domain["layers"][1]["bits"] == found.specialisation[1].information[1].bits
+    assert set(domain["layers"][0]) == {
+        *("bits", "entropy", "shuffled", "highest", "shuffles", "excess", "share", "within_chance")
+    }
+    np.testing.assert_array_equal(np.sum(domain["counts"], axis=(1, 2)), np.sum(content["load"], axis=1))
+    np.testing.assert_allclose(content["removal"]["change"], found.removal.change_NE)
+    assert np.shape(content["forcing"]["change_by_domain"]) == (2, 4, 2)
+    assert set(content["removal"]["loss_by_domain"]) == {"grammar000", "grammar001"}
+    assert np.shape(content["coactivation"]) == (2, 4, 4)
+    np.testing.assert_allclose(np.einsum("nii->ni", np.array(content["coactivation"])), 1.0)
+    assert np.shape(content["dropped_by_position"]) == (2, 16) and np.max(content["dropped_by_position"]) <= 1
+    assert content["saturation"]["steps"] == [3, 6] and content["saturation"]["share"][1] == [1, 1]
+    assert len(content["vocabulary"]) == 2 and len(content["vocabulary"][0]) == 4
+    json.dumps(content, allow_nan=False)
+
+
+def test_what_is_no_number_is_null():
+    assert plain(np.array([[1.0, np.nan], [np.inf, 2.0]])) == [[1.0, None], [None, 2.0]]
+    assert plain(float("nan")) is None and plain(np.float32(0.5)) == 0.5
+
+
+def test_pairs_against_independent_choices_by_hand():
+    # Of 8 tokens 4 have expert 0, 4 have 1, 2 have both: as by chance. Expert 2 always comes with 0.
+    pairs = np.array([[4, 2, 2, 0], [2, 4, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0]])
+    ratios = together_lift(pairs, 8)
+    assert ratios[0, 1] == 1.0 and ratios[0, 2] == ratios[2, 0] == 2.0 and ratios[1, 2] == 0
+    assert np.isnan(np.diag(ratios)).all() and np.isnan(ratios[3]).all()

@@ -1,0 +1,97 @@
+"""The whole analysis of a run on disk: what it holds, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import analysis_cases as cases
+import numpy as np
+import pytest
+
+from sparse_lm.analysis.observe import tokens_of
+from sparse_lm.analysis.run import Options, analyze, covering, expert_names
+from sparse_lm.config import ConfigError
+from sparse_lm.moe.config import MoEConfig
+from sparse_lm.train.manifest import CheckpointError
+
+OPTIONS = Options(batches=2, effect_batches=1, shuffles=3)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return cases.write_run(tmp_path_factory.mktemp("runs") / "a", {3: 2, 6: 0})
+
+
+def test_an_analysis_is_whole_and_leaves_the_run_alone(workdir):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    lines: list[str] = []
+    found = analyze(workdir, OPTIONS, lines.append)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    assert found.loaded.step == 6 and found.expected_data and found.domains == cases.DATASET.domains
+    assert found.saturation.steps == (3, 6) and found.saturation.chance == 0.5
+    assert [one.kind for one in found.specialisation] == ["token class", "domain", "position"]
+    assignments = 2 * len(found.observed.tokens.id_M)
+    for one in found.specialisation:
+        assert one.counts_NEC.shape == (2, 4, len(one.names)) and len(one.information) == 2
+        assert (one.counts_NEC.sum((1, 2)) == assignments).all()
+        assert all(x.shuffles == 3 and 0 <= x.bits <= x.entropy for x in one.information)
+    assert found.specialisation[0].names == tuple(str(i) for i in range(8))
+    assert found.pairs_NEE.shape == (2, 4, 4) and (np.trace(found.pairs_NEE, axis1=1, axis2=2) == assignments).all()
+    assert [len(layer) for layer in found.words] == [4, 4] and found.experts == ("0", "1", "2", "3")
+    assert found.removal is not None and found.forcing is not None
+    assert (found.removal.kind, found.forcing.kind) == ("remove", "force")
+    assert sum("layers" in line for line in lines) == 4 and any("compared 2 checkpoints" in line for line in lines)
+
+
+def test_another_step_and_without_the_long_part(workdir):
+    options = Options(batches=1, effect_batches=0, shuffles=1, step=3)
+    found = analyze(workdir, options, lambda line: None)
+    assert found.loaded.step == 3 and found.removal is None and found.forcing is None
+    np.testing.assert_array_equal(found.saturation.share_XN[0], 1.0)
+    best = analyze(workdir, Options(batches=1, effect_batches=0, shuffles=1, best=True), lambda line: None)
+    assert best.loaded.step == 3  # the lower loss
+
+
+def test_data_that_changed_are_noticed(tmp_path):
+    cases.write_run(tmp_path / "a", {1: 0}, fingerprint="another")
+    found = analyze(tmp_path / "a", Options(1, 0, shuffles=1), lambda line: None)
+    assert not found.expected_data
+
+
+def test_a_dense_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
+    cases.write_run(tmp_path / "a", {1: 0}, model__moe=None)
+    monkeypatch.setattr("sparse_lm.analysis.run.build_dataset", lambda *_: pytest.fail("read the data"))
+    with pytest.raises(ConfigError, match=r"model\.moe=None.*dense.*sparse run"):
+        analyze(tmp_path / "a")
+
+
+def test_what_is_not_there_is_refused(workdir, tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        analyze(tmp_path)
+    with pytest.raises(CheckpointError, match="no such step"):
+        analyze(workdir, Options(step=5))
+
+
+@pytest.mark.parametrize("name", ["batches", "effect_batches", "shuffles"])
+def test_numbers_that_are_too_low_are_refused(name):
+    with pytest.raises(ConfigError, match=f"{name}=-1"):
+        dataclasses.replace(Options(), **{name: -1})
+
+
+def test_batches_are_chosen_so_that_every_domain_is_there():
+    def one(domain):
+        return cases.batch([[1, 2, 3]], [[1, 1, 1]], domains=[[domain] * 3])
+
+    batches = [one(0), one(0), one(0), one(1), one(0), one(2)]
+
+    def domains(count):
+        return [set(tokens_of([batch]).domain_M) for batch in covering(batches, 4, count)]
+
+    assert domains(3) == [{0}, {1}, {2}]
+    assert domains(2) == [{1}, {2}]  # the rarest
+    assert domains(4) == [{0}, {0}, {1}, {2}] and len(domains(9)) == 6
+
+
+def test_names_of_free_experts():
+    moe = MoEConfig(num_experts=2, num_zero=1, num_copy=2, num_constant=1)
+    assert expert_names(moe) == ("0", "1", "zero 0", "copy 0", "copy 1", "constant 0")

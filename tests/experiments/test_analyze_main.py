@@ -1,0 +1,45 @@
+"""The command line of the analysis: from a run to its page, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+
+import analysis_cases as cases
+import mains
+import pytest
+
+
+def test_a_page_beside_the_run(tmp_path):
+    cases.write_run(tmp_path / "a", {1: 3, 2: 0})
+    options = ["--batches=1", "--effect_batches=1", "--shuffles=2", "--renormalise", "--step=1"]
+    status, out, errors = mains.call("analyze", f"--workdir={tmp_path / 'a'}", *options)
+    assert status == 0, errors
+    assert "compared 2 checkpoints" in out and "results in" in out and "analysis.html" in out
+    stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    given = {"batches": 1, "effect_batches": 1, "renormalise": True, "shuffles": 2, "step": 1, "best": False}
+    assert stored["options"] == given
+    assert stored["step"] == 1 and stored["command"].startswith("python experiments/analyze.py --workdir=")
+    domain = max(stored["specialisation"]["domain"]["layers"], key=lambda layer: layer["excess"])
+    (line,) = [line for line in out.splitlines() if line.startswith("domain ")]
+    assert f"{domain['bits']:.4f} of" in line
+    assert (tmp_path / "a" / "analysis.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"model__moe": None}, [], "model.moe=None is"),
+        ({}, ["--best", "--step=1"], "step=1"),
+        ({}, ["--step=7"], "no such step"),
+        (None, [], "holds no run"),
+    ],
+    ids=["dense", "both", "absent", "empty"],
+)
+def test_a_mistake_is_one_line(tmp_path, changes, arguments, words):
+    if changes is not None:
+        cases.write_run(tmp_path, {1: 0}, **changes)
+    status, _, errors = mains.call("analyze", f"--workdir={tmp_path}", *arguments)
+    assert status == 2 and "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert words.removesuffix(" is") in line
+    assert not list(tmp_path.glob("analysis.*"))
