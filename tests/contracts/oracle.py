@@ -207,7 +207,7 @@ def layer(problem: Problem) -> Answer:
     tokens, size = batch * length, problem.group_size
     worth_E = oracle_free.worths(config)
     groups = [
-        Group(*(of_T[i : i + size] for of_T in (x_TD, mask_T, ids_T, previous_T, carried_TE)), problem.slots)
+        Group(*(of_T[i : i + size] for of_T in (x_TD, mask_T, ids_T, previous_T, carried_TE)), problem.slots)  # type: ignore[call-arg]
         for i in range(0, tokens, size)
     ]
     choices = [problem.router.decide(problem, group) for group in groups]
@@ -216,7 +216,7 @@ def layer(problem: Problem) -> Answer:
     used_TK = np.concatenate([choice.used_SK for choice in choices]) & mask_T[:, None]
     mixed = problem.router.output is not None
     kept_TK = used_TK if mixed else _kept(problem, candidate_TK, gate_TK, used_TK)
-    y_TD = _mixed(problem, weights, problem.x_BLD, mask_T) if mixed else np.zeros((tokens, width))
+    y_TD = np.array(_mixed(problem, weights, problem.x_BLD, mask_T)) if mixed else np.zeros((tokens, width))
     for t in range(tokens):
         total = sum(gate_TK[t][kept_TK[t]])
         for k in () if mixed else np.flatnonzero(kept_TK[t]):
@@ -252,7 +252,7 @@ def _mixed(problem: Problem, weights, x_BLD, mask_T):
             for x_SD, mask_S in zip(x_GSD, mask_GS, strict=True)
         ]
         y_TD = jnp.concatenate(groups)
-    return y_TD if isinstance(x_BLD, jax.core.Tracer) else np.array(y_TD)
+    return y_TD
 
 
 def unit_size(problem: Problem) -> int:

@@ -15,6 +15,7 @@ from sparse_lm.experiment import Experiment
 from sparse_lm.models.counts import count
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.moe.routers import ROUTERS
+from sparse_lm.moe.routers.hash import Hash
 from sparse_lm.sharding import DEFAULT
 from sparse_lm.train.accumulate import loss_and_gradients
 
@@ -58,8 +59,10 @@ def test_routed_experts_cost_what_a_dense_layer_costs(variant):
 
 
 def test_balanced_hashing_knows_the_data():
-    router = experiment("hash_balanced").model.moe.router
-    assert router.mode == "balanced" and sum(router.frequencies) > 1e6
+    moe = experiment("hash_balanced").model.moe
+    assert moe is not None
+    router = moe.router
+    assert isinstance(router, Hash) and router.mode == "balanced" and sum(router.frequencies) > 1e6
 
 
 def test_an_unknown_variant_names_the_known_ones():

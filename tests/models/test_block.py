@@ -13,7 +13,7 @@ from sparse_lm.models.block import Block, Context
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
-from sparse_lm.nn.attention import causal_mask
+from sparse_lm.nn.attention import Attention, causal_mask
 from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import DEFAULT
 
@@ -32,6 +32,7 @@ def build(sparse: bool = False, **options: Any) -> Block:
 
 
 def attended(block: Block, x_BLD):
+    assert isinstance(block.attention, Attention)
     return block.attention(x_BLD, CONTEXT.positions_BL, CONTEXT.mask_BLT)[0]
 
 

@@ -31,12 +31,14 @@ def test_without_a_gate_the_outputs_are_added():
 
 def test_a_sigmoid_scales_the_shared_output_alone():
     shared = build("sigmoid")
+    assert shared.mix_DK is not None
     shared.mix_DK[...] = jnp.asarray([[np.log(3.0)], [0.0]])  # sigmoid(ln 3) = 3/4, sigmoid(-ln 3) = 1/4
     np.testing.assert_allclose(shared(X_BLD, ROUTED_BLD, None), [[[11.5, 23.0], [30.0, 40.25]]], rtol=1e-6)
 
 
 def test_a_mix_weighs_both_outputs_with_weights_that_sum_to_one():
     shared = build("mix")
+    assert shared.mix_DK is not None
     shared.mix_DK[...] = jnp.asarray([[np.log(3.0), 0.0], [0.0, 0.0]])  # 3/4 routed; 1/4 at the second token
     np.testing.assert_allclose(shared(X_BLD, ROUTED_BLD, None), [[[8.0, 16.0], [7.5, 10.75]]], rtol=1e-6)
 

@@ -9,7 +9,7 @@ import pytest
 
 from sparse_lm.moe.routers import ROUTERS, Router, RouterConfig, RouterShape
 from sparse_lm.moe.routers.base import LinearScores
-from sparse_lm.moe.types import RouterInputs
+from sparse_lm.moe.types import RouterInputs, Soft
 from sparse_lm.sharding import DEFAULT
 
 SHAPE = RouterShape(6, 4, 2)
@@ -58,7 +58,8 @@ def test_every_router_of_the_table_follows_the_contract(kind):
     config = ROUTERS[kind]()
     assert config.kind == kind
     assert isinstance(config, RouterConfig)
-    shape = RouterShape(6, 4, 1) if kind == "base" else SHAPE  # a BASE layer has one expert per token
+    # A BASE layer has one expert per token, and slots of Soft MoE have weights.
+    shape = {"base": RouterShape(6, 4, 1), "soft": RouterShape(6, 4, 2, 3)}.get(kind, SHAPE)
     config.check_shape(shape)
     router = config.build(jax.random.key(0), shape, DEFAULT)
     assert isinstance(router, Router)
@@ -66,6 +67,7 @@ def test_every_router_of_the_table_follows_the_contract(kind):
     x_GSD = jax.random.normal(jax.random.key(1), (2, 3, 6), jnp.bfloat16)
     inputs = RouterInputs(x_GSD, mask, jnp.zeros((2, 3), jnp.int32), slots=3)
     decision, scores = router(inputs, jax.random.key(2))
+    decision = decision.choices(mask) if isinstance(decision, Soft) else decision
     assert decision.expert_GSK.shape == decision.gate_GSK.shape
     assert decision.expert_GSK.shape[:2] == (2, 3)
     assert decision.gate_GSK.dtype == scores.probability_GSE.dtype == scores.logsumexp_GS.dtype == jnp.float32

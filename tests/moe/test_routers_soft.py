@@ -11,8 +11,8 @@ from sparse_lm.config import ConfigError
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.routers.base import RouterShape
-from sparse_lm.moe.routers.soft import SoftMixture
-from sparse_lm.moe.types import RouterInputs, Soft
+from sparse_lm.moe.routers.soft import SoftMixture, SoftRouter
+from sparse_lm.moe.types import RouterInputs, Scores, Soft
 from sparse_lm.sharding import DEFAULT
 
 OPTIONS = {
@@ -28,7 +28,7 @@ OPTIONS = {
 }
 
 
-def decide(x, mask, phi, scale=1.0) -> tuple[Soft, object]:
+def decide(x, mask, phi, scale=1.0) -> tuple[Soft, Scores]:
     router = SoftMixture(scale).build(jax.random.key(0), RouterShape(2, 2, 1, 1), DEFAULT)
     router.phi_DEC[...] = jnp.asarray(phi)
     mask_GS = jnp.asarray(mask)
@@ -78,8 +78,10 @@ def test_every_token_is_counted_with_every_expert_and_none_is_dropped():
 
 
 def test_slots_follow_the_capacity():
-    assert layer().router.phi_DEC.shape == (5, 4, 4)
-    assert layer(top_k=1, capacity_factor=0.5, capacity_factor_eval=0.5).router.phi_DEC.shape == (5, 4, 1)
+    for changes, slots in (({}, 4), ({"top_k": 1, "capacity_factor": 0.5, "capacity_factor_eval": 0.5}, 1)):
+        router = layer(**changes).router
+        assert isinstance(router, SoftRouter)
+        assert router.phi_DEC.shape == (5, 4, slots)
 
 
 def test_the_task_reaches_the_slots():

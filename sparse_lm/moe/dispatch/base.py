@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.slots import SlotRule
-from sparse_lm.moe.types import Decision
+from sparse_lm.moe.types import Decision, TokenChoice
 from sparse_lm.sharding import Rules, axis_index, sum_over
 
 
@@ -32,7 +32,7 @@ class Dispatcher(abc.ABC):
 
     @abc.abstractmethod
     def local(
-        self, experts: Experts, x_GSD: jax.Array, decision: Decision, ids_GS: jax.Array, key: jax.Array | None
+        self, experts: Experts, x_GSD: jax.Array, decision: TokenChoice, ids_GS: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """One device's share. ids_GS: the number of each token in the whole batch. Returns float32 y and kept."""
 

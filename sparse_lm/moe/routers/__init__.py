@@ -12,8 +12,8 @@ from sparse_lm.moe.routers.prototype import Prototype
 from sparse_lm.moe.routers.relu import Relu
 from sparse_lm.moe.routers.sigmoid import Sigmoid
 from sparse_lm.moe.routers.sinkhorn import Sinkhorn
-from sparse_lm.moe.routers.sparse_mixer import SparseMixer
 from sparse_lm.moe.routers.soft import SoftMixture
+from sparse_lm.moe.routers.sparse_mixer import SparseMixer
 from sparse_lm.moe.routers.top_k import TopK
 
 __all__ = ["ROUTERS", "Router", "RouterConfig", "RouterShape"]

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparse_lm.config import Config
-from sparse_lm.moe.types import Decision, RouterInputs, RouterStats, Scores
+from sparse_lm.moe.types import RouterInputs, RouterStats, Scores, TokenChoice
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.sharding import Rules
 
@@ -38,8 +38,8 @@ class Router(nnx.Module, abc.ABC):
     """
 
     @abc.abstractmethod
-    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[Decision, Scores]:
-        """Decides for every group by itself. key: None is evaluation."""
+    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[TokenChoice, Scores]:
+        """Decides for every group by itself. key: None is evaluation. (A mixture of tokens, `Soft`, is no choice.)"""
 
     def updated(self, stats: RouterStats) -> Self:
         """The router after a step whose whole batch had these statistics (U = 1); itself, unless it holds a state."""

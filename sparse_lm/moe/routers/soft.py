@@ -49,7 +49,7 @@ class SoftMixture(RouterConfig):
                 "kind", self.kind, "a slot has weights, so the number of slots is set: set moe.group_size"
             )
 
-    def build(self, key: jax.Array, shape: RouterShape, rules: Rules) -> Router:
+    def build(self, key: jax.Array, shape: RouterShape, rules: Rules) -> SoftRouter:
         """See `RouterConfig.build`."""
         return SoftRouter(key, self, shape, rules)
 
@@ -63,7 +63,9 @@ class SoftRouter(Router):
         self.phi_DEC = nnx.Param(fan_in_normal(key, (shape.d_model, shape.num_experts, shape.slots), shape.d_model))
         self.scale = nnx.Param(jnp.asarray(config.scale, jnp.float32))
 
-    def __call__(self, inputs: RouterInputs, key: jax.Array | None) -> tuple[Soft, Scores]:
+    def __call__(  # type: ignore[override]
+        self, inputs: RouterInputs, key: jax.Array | None
+    ) -> tuple[Soft, Scores]:
         """See `Router`. There is no noise: training and evaluation mix alike."""
         rules, mask_GS11 = self.rules, inputs.mask_GS[..., None, None]
         phi_DEC = rules.whole(self.phi_DEC[...])
