@@ -54,7 +54,7 @@ def render(found: Analysis, command: str = "") -> str:
     parts += [color_legend_box(COLORS, "times as often as among all assignments")]
     for one in found.specialisation:
         parts += [f"<h3>Experts by {one.kind}</h3>", cards(_special_maps(found, one))]
-    parts += ["<h2>Router saturation</h2>", cards([_saturation(found)])]
+    parts += ["<h2>Router saturation</h2>", _saturation(found)]
     parts += ["<h2>Experts chosen together</h2>", _together(found)]
     parts += ["<h2>Drops by position</h2>", _drops(found)]
     parts += ["<h2>Vocabulary of each expert</h2>", _vocabulary(found)]
@@ -122,8 +122,10 @@ def _special_maps(found: Analysis, one: Specialisation) -> list[Figure]:
     return figures
 
 
-def _saturation(found: Analysis) -> Figure:
+def _saturation(found: Analysis) -> str:
     history = found.saturation
+    if len(history.steps) == 1:
+        return "<p>The run keeps no other checkpoint to compare with; checkpoint.keep keeps more.</p>"
     layers = history.share_XN.shape[1]
     series = [
         Series(
@@ -139,11 +141,10 @@ def _saturation(found: Analysis) -> Figure:
         f"Share of a token's experts at step {found.loaded.step:,} that it had at an earlier checkpoint already "
         f"({len(history.steps)} are kept; checkpoint.keep keeps more)."
     )
-    low, high = min(history.steps), max(history.steps)
-    x = Axis("step", low=0 if low < high else low - 1, high=high, integer=True)
+    x = Axis("step", low=0, high=max(history.steps), integer=True)
     chance = [Reference("unrelated routers", 100 * history.chance)]
     svg = line_chart(series, x, Axis("% of experts", low=0.0, high=100.0), "Router saturation over steps", chance)
-    return Figure("Saturation", caption, svg)
+    return cards([Figure("Saturation", caption, svg)])
 
 
 def _together(found: Analysis) -> str:
@@ -245,7 +246,7 @@ def _interventions(found: Analysis) -> str:
         "<p>Loss with one expert changed, minus loss as it is. All other decisions are kept as they were, in later "
         "layers too: what is seen is the expert's own work. Forced: every token of a layer has this one expert, and "
         "nothing is dropped. ± is the standard error over rows of held-out tokens, which are chosen so that every "
-        "domain is among them if it can be.</p>"
+        "domain is among them if it can be; without ± a single row has the domain.</p>"
     ]
     for title, effect in (("Removed", found.removal), ("Forced on all tokens", found.forcing)):
         scale = Signed(_most(effect))

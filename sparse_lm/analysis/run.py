@@ -103,7 +103,7 @@ def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], N
     )
     chance = moe.top_k / moe.num_choices
     history = saturation_over(workdir, loaded.step, batches, observed.decisions, chance)
-    tell(f"compared {len(history.steps)} checkpoints")
+    tell(f"checkpoints that are kept, and compared: {', '.join(map(str, history.steps))}")
     removal, forcing = _effects(loaded, batches, dataset, options, tell)
     return Analysis(
         workdir,

@@ -22,3 +22,4 @@ def test_what_was_left_out_is_null(tmp_path):
     words = json.loads(json.dumps(content, allow_nan=False))["vocabulary"][0]
     assert len(words) == 5 and sum(expert["assignments"] for expert in words) == len(found.observed.tokens.id_M)
     assert "No token has two experts" in render(found) and "Left out." in render(found)
+    assert "no other checkpoint" in render(found)

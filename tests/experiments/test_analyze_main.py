@@ -14,7 +14,7 @@ def test_a_page_beside_the_run(tmp_path):
     options = ["--batches=1", "--effect_batches=1", "--shuffles=2", "--renormalise", "--step=1"]
     status, out, errors = mains.call("analyze", f"--workdir={tmp_path / 'a'}", *options)
     assert status == 0, errors
-    assert "compared 2 checkpoints" in out and "results in" in out and "analysis.html" in out
+    assert "compared: 1, 2" in out and "results in" in out and "analysis.html" in out
     stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
     given = {"batches": 1, "effect_batches": 1, "renormalise": True, "shuffles": 2, "step": 1, "best": False}
     assert stored["options"] == given
