@@ -16,10 +16,17 @@ from sparse_lm.study.study import Scale, Source, Study, Variant
 from sparse_lm.train.config import CheckpointConfig, TrainConfig
 
 BASE = Experiment(
-    model=ModelConfig(activation="gelu", moe=MoEConfig(num_experts=8, every=1, capacity_factor=2.0)),
+    model=ModelConfig(
+        num_layers=2,
+        d_model=64,
+        num_heads=4,
+        d_ff=256,
+        activation="gelu",
+        moe=MoEConfig(num_experts=8, every=1, capacity_factor=2.0),
+    ),
     data=DataConfig(source="stdlib", length=128, max_bytes=16_000_000),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=50),
-    train=TrainConfig(steps=1000, batch_size=8, eval_batches=64, log_every=10),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=22),
+    train=TrainConfig(steps=440, batch_size=8, eval_batches=64, log_every=10),
     checkpoint=CheckpointConfig(keep=1, best=False),
 )
 

@@ -24,6 +24,7 @@ from sparse_lm.scaling.points import Points
 
 _STEP = 1e-30  # of complex-step derivatives, whose error is its square
 _SAME = 1e-4  # relative difference of objectives below which two starts have found the same minimum
+_AT_BOUND = 1e-4
 _TINY = 1e-8  # a linear coefficient of 0 has no logarithm: this share of the mean loss stands for it
 
 
@@ -37,7 +38,7 @@ class FitOptions:
 
     delta: float = 1e-3
     starts: int = 400
-    descents: int = 12
+    descents: int = 16
     resamples: int = 200
     confidence: float = 0.95
     seed: int = 0
@@ -65,14 +66,16 @@ class Interval:
 class Fit:
     """law: with the fitted coefficients. objective: mean Huber loss. rmse: of log loss, every point alike.
 
-    points: how many. agreeing: how many of the `descents` ended in the same minimum; few of them mean that the points
-    do not determine the law. resamples: the laws of the bootstrap. intervals: of every coefficient, over them.
+    points: how many. at_bounds: coefficients that ended at a bound, which the points do not determine.
+    agreeing: how many of the `descents` ended in the same minimum; few of them mean that the points do not determine
+    the law. resamples: the laws of the bootstrap. intervals: of every coefficient, over them.
     """
 
     law: Law
     objective: float
     rmse: float
     points: int
+    at_bounds: tuple[str, ...]
     agreeing: int
     descents: int
     resamples: tuple[Law, ...]
@@ -120,6 +123,7 @@ def fit(kind: type[Law], points: Points, options: FitOptions = FitOptions()) -> 
         objective=objective,
         rmse=float(np.sqrt(np.mean(residuals**2))),
         points=points.count,
+        at_bounds=problem.at_bounds(theta),
         agreeing=agreeing,
         descents=len(found),
         resamples=laws,
@@ -170,7 +174,7 @@ class _Problem:
         names = tuple(kind.coefficients)
         positive = np.array([kind.coefficients[name].positive for name in names])
         bounds = np.array([kind.coefficients[name].bounds for name in names])
-        with np.errstate(invalid="ignore"):
+        with np.errstate(all="ignore"):
             bounds = np.where(positive[:, None] & np.isfinite(bounds), np.log(np.abs(bounds)), bounds)
         columns = types.SimpleNamespace(**{name: points.columns[name] for name in kind.columns})
         low, high = bounds[:, 0], bounds[:, 1]
@@ -202,24 +206,30 @@ class _Problem:
         huber = np.where(size <= self.delta, 0.5 * size**2, self.delta * (size - 0.5 * self.delta))
         return float(np.mean(huber)) if np.all(np.isfinite(huber)) else np.inf
 
+    def at_bounds(self, theta: np.ndarray) -> tuple[str, ...]:
+        """Names of the coefficients at a bound."""
+        near = (theta - self.low < _AT_BOUND) | (self.high - theta < _AT_BOUND)
+        return tuple(name for name, at in zip(self.names, near, strict=True) if at)
+
     def descend(self, theta: np.ndarray) -> tuple[np.ndarray, float]:
         """The minimum that a start leads to, and the objective there."""
         inside = np.clip(theta, self.low + 1e-9, self.high - 1e-9)
         # First without robustness: far from the minimum the Huber loss is an absolute value, whose kinks slow it down.
         for loss in ("linear", "huber"):
-            found = least_squares(
-                self.residuals,
-                inside,
-                self.jacobian,  # type: ignore[arg-type] - its stub knows the names of methods only
-                (self.low, self.high),
-                x_scale="jac",
-                loss=loss,
-                f_scale=self.delta,
-                ftol=1e-14,
-                xtol=1e-14,
-                gtol=1e-15,
-                max_nfev=600,
-            )
+            with np.errstate(all="ignore"):  # of steps that are then rejected
+                found = least_squares(
+                    self.residuals,
+                    inside,
+                    self.jacobian,  # type: ignore[arg-type] - its stub knows the names of methods only
+                    (self.low, self.high),
+                    x_scale="jac",
+                    loss=loss,
+                    f_scale=self.delta,
+                    ftol=1e-14,
+                    xtol=1e-14,
+                    gtol=1e-15,
+                    max_nfev=300,
+                )
             inside = found.x
         return inside, self.objective(inside)
 

@@ -57,7 +57,9 @@ class Coefficient:
     bounds: tuple[float, float] = (-np.inf, np.inf)
 
 
-_LINEAR = Coefficient(linear=True)
+_LINEAR = Coefficient(linear=True, bounds=(1e-40, 1e80))
+# What is left without end may well be 0, which has no logarithm.
+_CONSTANT = Coefficient(positive=False, linear=True, bounds=(0.0, np.inf))
 _EXPONENT = Coefficient(0.03, 0.8, bounds=(1e-3, 4.0))
 # The saturation of Clark et al. is defined for start < max; these ranges keep them apart.
 _START = Coefficient(1.0, 6.0, bounds=(1.0, 20.0))
@@ -137,7 +139,7 @@ class Chinchilla(Law):
     columns: ClassVar[tuple[str, ...]] = ("active", "tokens")
     embeddings: ClassVar[bool | None] = True
     coefficients: ClassVar[Mapping[str, Coefficient]] = {
-        "e": _LINEAR,
+        "e": _CONSTANT,
         "a": _LINEAR,
         "b": _LINEAR,
         "alpha": _EXPONENT,
@@ -216,7 +218,8 @@ class Granularity(Law):
     columns: ClassVar[tuple[str, ...]] = ("total_non_embedding", "tokens", "granularity")
     embeddings: ClassVar[bool | None] = False
     coefficients: ClassVar[Mapping[str, Coefficient]] = {
-        **dict.fromkeys("cgab", _LINEAR),
+        "c": _CONSTANT,
+        **dict.fromkeys("gab", _LINEAR),
         "alpha": _EXPONENT,
         "beta": _EXPONENT,
         "gamma": Coefficient(0.1, 1.5, bounds=(1e-2, 6.0)),
@@ -271,7 +274,7 @@ class Joint(Law):
         "zeta": Coefficient(-0.04, 0.04, positive=False),
         "e_start": _START,
         "e_max": _MAX,
-        "c": _LINEAR,
+        "c": _CONSTANT,
     }
 
     @staticmethod
@@ -316,7 +319,8 @@ class Sparsity(Law):
     columns: ClassVar[tuple[str, ...]] = ("total", "tokens", "sparsity")
     embeddings: ClassVar[bool | None] = None
     coefficients: ClassVar[Mapping[str, Coefficient]] = {
-        **dict.fromkeys("abcde", _LINEAR),
+        **dict.fromkeys("abcd", _LINEAR),
+        "e": _CONSTANT,
         "alpha": _EXPONENT,
         "beta": _EXPONENT,
         "lam": Coefficient(-0.6, 0.6, positive=False),

@@ -147,10 +147,19 @@ def summary(report: Report) -> str:
             f"{fit.points} points, root mean square of log residuals {fit.rmse:.2g}, "
             f"{fit.agreeing} of {fit.descents} descents end in the same minimum"
         )
+        lines += [undetermined(fit)] if fit.at_bounds else []
     lines += _aligned(*coefficient_rows(report))
     if report.optima:
         lines += ["", "compute-optimal:", *_aligned(*optimum_rows(report))]
     return "\n".join(lines)
+
+
+def undetermined(fit: Fit) -> str:
+    """A sentence about the coefficients that ended at a bound."""
+    return (
+        f"at a bound of the fit, and not determined by these points: {', '.join(fit.at_bounds)}; measure more points, "
+        "over a wider range, or fit a law with fewer coefficients"
+    )
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -182,6 +191,7 @@ def to_json(report: Report) -> dict[str, Any]:
             "points": fit.points,
             "objective": fit.objective,
             "rmse": fit.rmse,
+            "at_bounds": list(fit.at_bounds),
             "agreeing": fit.agreeing,
             "descents": fit.descents,
             "confidence": fit.confidence,
@@ -212,6 +222,7 @@ def render(report: Report) -> str:
             tile("Bootstrap", str(len(fit.resamples)), f"resamples, {100 * fit.confidence:g} % intervals"),
         ]
         parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
+        parts += [f"<p>{escape(undetermined(fit).capitalize())}.</p>"] if fit.at_bounds else []
     parts.append(cards(figures(law, report.budgets, report.fixed, report.found)))
     parts += ["<h2>Coefficients</h2>", table(*coefficient_rows(report), numeric=(1, 2, 3))]
     if report.optima:

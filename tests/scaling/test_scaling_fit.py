@@ -15,7 +15,7 @@ from sparse_lm.scaling.laws import Chinchilla
 from sparse_lm.scaling.points import Points, drawn
 from sparse_lm.scaling.published import CHINCHILLA, LAWS, PUBLISHED
 
-QUICK = FitOptions(starts=200, descents=6, resamples=0)
+QUICK = FitOptions(starts=200, descents=8, resamples=0)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -24,10 +24,16 @@ def test_exact_points_give_the_published_coefficients_back(name):
     found = fit(type(law), drawn(law, GRIDS[law.kind]), QUICK)
     assert found.law.values() == pytest.approx(law.values(), rel=0.01)  # what was asked for
     assert found.law.values() == pytest.approx(law.values(), rel=1e-6)  # what is reached
-    assert found.rmse < 1e-9 and found.agreeing >= 2 and found.points == len(GRIDS[law.kind][law.columns[0]])
+    assert (
+        found.rmse < 1e-9
+        and found.agreeing >= 1
+        and found.at_bounds == ()
+        and found.points == len(GRIDS[law.kind][law.columns[0]])
+    )
     assert found.resamples == () and found.intervals == {}
 
 
+# Not of the law of Abnar et al., whose ten coefficients are too entangled for that: docs/scaling.md has how often.
 @pytest.mark.parametrize("kind", sorted(set(LAWS) - {"sparsity"}))
 def test_intervals_of_noisy_points_cover_the_published_coefficients(kind):
     law = PUBLISHED[kind]
@@ -39,10 +45,16 @@ def test_intervals_of_noisy_points_cover_the_published_coefficients(kind):
     assert all(one.low < one.high for one in found.intervals.values())
 
 
+def test_losses_of_entangled_coefficients_are_right_all_the_same():
+    law, grid = PUBLISHED["sparsity"], GRIDS["sparsity"]
+    found = fit(type(law), drawn(law, grid, noise=0.003, seed=1), QUICK)
+    assert np.max(np.abs(found.law.loss(**grid) / law.loss(**grid) - 1)) < 0.005
+
+
 def test_intervals_cover_about_as_often_as_they_say():
     covered = []
-    for seed in range(12):
-        options = FitOptions(starts=40, descents=2, resamples=40, confidence=0.9, seed=seed)
+    for seed in range(10):
+        options = FitOptions(starts=40, descents=2, resamples=30, confidence=0.9, seed=seed)
         found = fit(Chinchilla, drawn(CHINCHILLA, GRIDS["chinchilla"], noise=0.003, seed=seed), options)
         covered += [one.low <= CHINCHILLA.values()[name] <= one.high for name, one in found.intervals.items()]
     assert 0.75 <= np.mean(covered) <= 1.0
@@ -85,6 +97,14 @@ def test_the_same_seed_gives_the_same_fit():
     other = fit(Chinchilla, points, dataclasses.replace(options, seed=1))
     assert first.intervals == again.intervals and first.law == again.law
     assert other.intervals != first.intervals
+
+
+def test_coefficients_that_points_do_not_determine_are_named():
+    """Losses without an end: e is 0, and nothing but its bound says so."""
+    endless = Chinchilla(e=0.0, a=406.4, b=410.7, alpha=0.34, beta=0.28)
+    found = fit(Chinchilla, drawn(endless, GRIDS["chinchilla"], noise=0.01, seed=2), QUICK)
+    assert found.at_bounds == ("e",) and found.law.values()["e"] < 1e-3
+    assert found.agreeing == found.descents == QUICK.descents
 
 
 def test_points_that_cannot_determine_a_law_are_refused():

@@ -15,13 +15,22 @@ from sparse_lm.scaling.published import CHINCHILLA, GRANULARITY, JOINT, SPARSITY
 # Ludziejewski et al. 2025, table 1: budget, experts, active parameters, tokens.
 JOINT_OPTIMA = [
     (1e20, 1, 1.7e9, 9.7e9),
+    (1e20, 2, 1.5e9, 11.4e9),
+    (1e20, 4, 1.2e9, 13.9e9),
     (1e20, 8, 990e6, 17e9),
+    (1e20, 16, 810e6, 20.7e9),
     (1e20, 32, 669e6, 24.9e9),
     (1e21, 1, 5.7e9, 29.3e9),
+    (1e21, 2, 5e9, 33e9),
+    (1e21, 4, 4.4e9, 38e9),
     (1e21, 8, 3.8e9, 44.3e9),
+    (1e21, 16, 3.3e9, 51.2e9),
     (1e21, 32, 2.85e9, 58.4e9),
     (1e22, 1, 18.8e9, 88.6e9),
+    (1e22, 2, 17.4e9, 96e9),
+    (1e22, 4, 15.8e9, 105.4e9),
     (1e22, 8, 14.4e9, 115.8e9),
+    (1e22, 16, 13.2e9, 126.5e9),
     (1e22, 32, 12.2e9, 136.9e9),
 ]
 # Krajewski et al. 2024, table 2: active parameters (of 64 times as many), tokens, granularity, FLOPs.

@@ -149,6 +149,16 @@ def test_a_summary_has_the_published_value_beside_the_fitted_one(chinchilla):
     assert to_json(make_report(CHINCHILLA))["optima"][0]["size_interval"] is None
 
 
+def test_a_report_says_what_is_not_determined(chinchilla):
+    bounded = dataclasses.replace(chinchilla[0], at_bounds=("e", "beta"))
+    for text in (
+        summary(make_report(bounded.law, (bounded, chinchilla[1]))),
+        render(make_report(bounded.law, (bounded, chinchilla[1]))),
+    ):
+        assert "t a bound of the fit, and not determined by these points: e, beta; measure more points" in text
+    assert "not determined by" not in summary(make_report(chinchilla[0].law, chinchilla))
+
+
 def test_a_report_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another directory"):
