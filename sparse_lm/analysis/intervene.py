@@ -72,8 +72,7 @@ def removed(decision: TokenChoice, layer: Int[Array, ""] | int, expert: Int[Arra
     if renormalise:
         before, left = (jnp.sum(g, axis=-1, keepdims=True) for g in (decision.gate_GSK, gate))
         # Exactly 1 where nothing is taken, so that other tokens and layers keep their gates to the last bit.
-        taken = jnp.any(gone, axis=-1, keepdims=True)
-        gate = gate * jnp.where(taken & (left > 0), before / jnp.where(left > 0, left, 1.0), 1.0)
+        gate = gate * jnp.where(left > 0, before / jnp.where(left > 0, left, 1.0), 1.0)
     return dataclasses.replace(decision, expert_GSK=jnp.where(gone, -1, decision.expert_GSK), gate_GSK=gate)
 
 

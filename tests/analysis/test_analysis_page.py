@@ -49,6 +49,8 @@ def test_the_page_says_what_was_found(found):
     worst = found.removal.change_NE.max()
     assert f"{worst:+.4f} ±" in text
     assert not re.search(r"\bnan\b", text)
+    cells = [cell.text for cell in parse(page).iter("td")]
+    assert any(cell == "0, 1" or cell == "2, 3" for cell in cells) and not {"1, 0", "3, 2"} & set(cells)  # once a pair
     # 2 layers: three kinds of labels, pairs, and two interventions; then saturation, drops and the legends.
     charts = [svg.get("aria-label", "") for svg in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
     assert sum(", layer " in name for name in charts) == 2 * (3 + 1 + 2)

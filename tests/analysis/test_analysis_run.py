@@ -8,6 +8,7 @@ import analysis_cases as cases
 import numpy as np
 import pytest
 
+from sparse_lm.analysis.information import specialisation
 from sparse_lm.analysis.observe import tokens_of
 from sparse_lm.analysis.run import Options, analyze, covering, expert_names
 from sparse_lm.config import ConfigError
@@ -35,6 +36,9 @@ def test_an_analysis_is_whole_and_leaves_the_run_alone(workdir):
         assert one.counts_NEC.shape == (2, 4, len(one.names)) and len(one.information) == 2
         assert (one.counts_NEC.sum((1, 2)) == assignments).all()
         assert all(x.shuffles == 3 and 0 <= x.bits <= x.entropy for x in one.information)
+    tokens = found.observed.tokens
+    by_document = specialisation(found.observed.expert_NMK[0], tokens.domain_M, (4, 2), tokens.part_M, 3)
+    assert found.specialisation[1].information[0] == by_document
     assert found.specialisation[0].names == tuple(str(i) for i in range(8))
     assert found.pairs_NEE.shape == (2, 4, 4) and (np.trace(found.pairs_NEE, axis1=1, axis2=2) == assignments).all()
     assert [len(layer) for layer in found.words] == [4, 4] and found.experts == ("0", "1", "2", "3")

@@ -77,6 +77,16 @@ def test_the_gate_that_counts_is_that_of_the_expert():
     assert first.examples[0] == "«a»c" and first.words[0].name == "a"
 
 
+def test_another_experts_gate_does_not_decide():
+    tokens = _times(text_tokens("ab", "ac"), 5)
+    is_a = tokens.id_M == ord("a")
+    expert = np.stack([np.where(is_a, 0, -1), np.ones(20, np.int64)], axis=1)
+    gate = np.tile([0.1, 0.2], (20, 1))
+    gate[2] = [0.9, 0.0]  # here expert 0 is at its highest
+    gate[0] = [0.3, 1.0]  # and here expert 1
+    assert vocabulary(tokens, expert, gate, 2, ByteTokenizer())[0].examples == ("«a»c",)
+
+
 def test_ids_beyond_the_tokenizer_are_counted():
     tokens = Tokens(np.full(6, 7), np.zeros(6, int), np.zeros(6, int), np.arange(6))
     (only,) = vocabulary(tokens, np.zeros((6, 1), np.int64), np.ones((6, 1)), 1, SYMBOLS)
