@@ -44,6 +44,7 @@ DATA = DataConfig(source="stdlib", length=128)
 
 
 def moe(top_k: int, router: RouterConfig, num_experts: int = 8, **options: Any) -> MoEConfig:
+    """A sparse layer of the quickstart's size."""
     return MoEConfig(num_experts=num_experts, top_k=top_k, router=router, **options)
 
 

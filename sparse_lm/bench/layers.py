@@ -46,7 +46,7 @@ SHAPES = ((8, 2), (32, 2), (64, 1))
 CASES = tuple(
     Case(experts, top_k, dispatcher)
     for experts, top_k in SHAPES
-    for dispatcher in ("gather", "einsum", "dense")
+    for dispatcher in ("gather", "dropless", "einsum", "dense")
     if dispatcher != "dense" or experts == 8
 )
 
@@ -119,7 +119,8 @@ def time_sparse(case: Case, sizes: Sizes, dtype: str, activation: str) -> Timed:
         num_experts=case.num_experts,
         top_k=case.top_k,
         dispatcher=case.dispatcher,  # type: ignore[arg-type]
-        capacity_factor=CAPACITY_FACTOR,
+        capacity_factor=None if case.dispatcher == "dropless" else CAPACITY_FACTOR,
+        capacity_factor_eval=None,
     )
     layer = MoE(jax.random.key(0), sizes.d_model, sizes.d_ff // case.top_k, activation, config, DEFAULT)
     mask_BL = jnp.ones((sizes.tokens // sizes.group, sizes.group), bool)

@@ -96,7 +96,7 @@ class MoEConfig(Config):
     capacity_factor: float | None = option(1.25, gt=0)
     capacity_factor_eval: float | None = option(2.0, gt=0)
     priority: Priority = "token"
-    dispatcher: Literal["dense", "einsum", "gather", "all_to_all"] = "gather"
+    dispatcher: Literal["dense", "einsum", "gather", "dropless", "all_to_all"] = "gather"
     balance: BalanceConfig = BalanceConfig()
     expert_dropout: float = option(0.0, ge=0, lt=1)
     init_scale: float = option(1.0, gt=0)
@@ -137,6 +137,9 @@ class MoEConfig(Config):
                 f"cannot carry the decisions of router.kind={kind}; use {' or '.join(able)}",
             )
         for name in ("capacity_factor", "capacity_factor_eval"):
+            factor = getattr(self, name)
+            if self.dispatcher == "dropless" and factor is not None:
+                raise ConfigError(name, factor, "dispatcher=dropless has no capacity; use None, or dispatcher=gather")
             if self.router.needs_slots and getattr(self, name) is None:
                 raise ConfigError(name, None, f"every expert of router.kind={kind} would take all tokens; set a number")
         if self.router.fixed_slots and self.capacity_factor_eval != self.capacity_factor:

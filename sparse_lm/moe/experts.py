@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.nn.mlp import GATED, activate
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+Spread = Callable[[jax.Array], jax.Array]
 
 
 class Experts(nnx.Module):
@@ -54,31 +59,49 @@ class Experts(nnx.Module):
         With a shard of F the result is a partial sum. key and ids_ER: for dropout, a number per (token, expert) that
         seeds the mask of its row, so that the mask does not depend on where the row is computed.
         """
-        up_ERF = _plus(jnp.einsum("ERD,EDF->ERF", x_ERD, self.up_EDF[...]), self.up_bias_EF)
-        gate_ERF = None
+        return self.on_rows(
+            x_ERD,
+            lambda x_ERA, w_EAB: jnp.einsum("ERA,EAB->ERB", x_ERA, w_EAB),
+            lambda bias_EA: bias_EA[:, None],
+            ids_ER,
+            key,
+        )
+
+    def on_rows(
+        self, x: jax.Array, product: Product, spread: Spread, ids: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:
+        """The same for rows in any order [..., D]: `product` and `spread` say which expert each row belongs to.
+
+        product: (rows [..., A], w_EAB) -> [..., B]. spread: a bias per expert -> one that adds to the rows. ids: a
+        number per row.
+        """
+        up = _plus(product(x, self.up_EDF[...]), self.up_bias_EF, spread)
+        gate = None
         if self.gate_EDF is not None:
-            gate_ERF = _plus(jnp.einsum("ERD,EDF->ERF", x_ERD, self.gate_EDF[...]), self.gate_bias_EF)
-        hidden_ERF = activate(self.kind, up_ERF, gate_ERF)
-        if key is not None and ids_ER is not None and self.dropout_rate > 0:
-            hidden_ERF = _row_dropout(hidden_ERF, self.dropout_rate, key, ids_ER, self.d_hidden)
-        y_ERD = jnp.einsum("ERF,EFD->ERD", hidden_ERF, self.down_EFD[...])
+            gate = _plus(product(x, self.gate_EDF[...]), self.gate_bias_EF, spread)
+        hidden = activate(self.kind, up, gate)
+        if key is not None and ids is not None and self.dropout_rate > 0:
+            hidden = _row_dropout(hidden, self.dropout_rate, key, ids, self.d_hidden)
+        y = product(hidden, self.down_EFD[...])
         if self.down_bias_ED is None:
-            return y_ERD
-        bias_E1D = self.down_bias_ED[...][:, None]
-        if hidden_ERF.shape[-1] < self.d_hidden:  # partial sums of shards: one of them adds the bias
-            bias_E1D = jnp.where(jax.lax.axis_index("model") == 0, bias_E1D, jnp.zeros((), bias_E1D.dtype))
-        return y_ERD + bias_E1D
+            return y
+        bias = spread(self.down_bias_ED[...])
+        if hidden.shape[-1] < self.d_hidden:  # partial sums of shards: one of them adds the bias
+            bias = jnp.where(jax.lax.axis_index("model") == 0, bias, jnp.zeros((), bias.dtype))
+        return y + bias
 
 
-def _plus(x_ERF: jax.Array, bias_EF: nnx.Param | None) -> jax.Array:
-    return x_ERF if bias_EF is None else x_ERF + bias_EF[...][:, None]
+def _plus(x: jax.Array, bias_EF: nnx.Param | None, spread: Spread) -> jax.Array:
+    return x if bias_EF is None else x + spread(bias_EF[...])
 
 
 def _row_dropout(hidden_ERF, rate, key, ids_ER, d_hidden):
     def row(row_id):
         return jax.random.bernoulli(jax.random.fold_in(key, row_id), 1 - rate, (d_hidden,))
 
-    keep_ERF = jax.vmap(jax.vmap(row))(ids_ER)
+    for _ in range(ids_ER.ndim):
+        row = jax.vmap(row)
+    keep_ERF = row(ids_ER)
     if hidden_ERF.shape[-1] < d_hidden:  # a shard of the hidden width: its own columns of the whole mask
         start = jax.lax.axis_index("model") * hidden_ERF.shape[-1]
         keep_ERF = jax.lax.dynamic_slice_in_dim(keep_ERF, start, hidden_ERF.shape[-1], axis=-1)

@@ -25,7 +25,7 @@ def one_device(mesh_of):
 
 
 def test_the_cases_are_those_that_are_announced():
-    assert len(CASES) == len(set(CASES)) == 7
+    assert len(CASES) == len(set(CASES)) == 10
     assert {(case.num_experts, case.top_k) for case in CASES} == {(8, 2), (32, 2), (64, 1)}
     assert [case.num_experts for case in CASES if case.dispatcher == "dense"] == [8]
     for sizes in (Sizes(), QUICK):

@@ -63,6 +63,8 @@ def moe(
 
 FREQUENCIES = (5.0, 1.0, 0.0, 7.0, 7.0, 2.0, 9.0, 1.0, 1.0, 3.0, 4.0, 4.0, 8.0)  # of ids 0 to 12; the others are hashed
 
+DROPLESS: dict[str, Any] = {"capacity_factor": None, "capacity_factor_eval": None}
+
 ROUTER_CASES: dict[str, Case] = {
     "switch": Case(moe(1), "relu"),
     "switch_small_groups": Case(moe(1, scope="sequence", group_size=4), "gelu"),
@@ -91,7 +93,12 @@ ROUTER_CASES: dict[str, Case] = {
     "fixed_noise_top1": Case(moe(1, FixedNoise(1.0, 10.0, 10.0, ROUTER_SCALE), "sequence"), "gelu", training=False),
     "prototype": Case(moe(2, Prototype(ROUTER_SCALE))),
     "prototype_four": Case(moe(4, Prototype(ROUTER_SCALE), "group", d_expert=4), "geglu"),
-    "dropless": Case(moe(2, scope="group", capacity_factor=None), drops=False),
+    "dropless": Case(moe(2, scope="group", **DROPLESS), drops=False),
+    "dropless_input": Case(
+        moe(3, Sigmoid(init_scale=ROUTER_SCALE, scale=1.0, gate_on="input"), expert_bias=True, **DROPLESS),
+        "clamped_swiglu",
+        drops=False,
+    ),
     "hash": Case(moe(1, Hash())),
     "hash_multi": Case(moe(3, Hash(gate="mean"), "sequence", priority="token")),
     "hash_balanced": Case(moe(2, Hash(mode="balanced", frequencies=FREQUENCIES), "group")),
@@ -176,6 +183,7 @@ ROUTER_CASES: dict[str, Case] = {
 }
 
 DISPATCHERS = tuple(DISPATCHER_CLASSES)
+LIMITED = tuple(name for name in DISPATCHERS if name != "dropless")  # those that have a capacity
 
 MESHES: dict[str, dict[str, int]] = {
     "one": {"data": 1},
@@ -186,13 +194,14 @@ MESHES: dict[str, dict[str, int]] = {
     "fsdp2-expert2-model2": {"fsdp": 2, "expert": 2, "model": 2},
 }
 
-MESH_CASES = ("switch_shared", "top2_after_drop")  # top-1 and top-2, with and without shared experts
+MESH_CASES = ("switch_shared", "top2_after_drop", "dropless")  # top-1 and top-2, with and without shared experts
 
 # The first case of each kind of router but top-k, to be run on one mesh with every dispatcher.
 KIND_CASES = {kind: name for name, case in reversed(ROUTER_CASES.items()) if (kind := case.moe.router.kind) != "top_k"}
 
 # Options of a router that compute in another way on a mesh, and so are run on it too.
 VARIANT_CASES = (
+    "dropless",
     "expert_choice_limited",
     "hash_bigram",
     "llama4",
@@ -206,10 +215,14 @@ VARIANT_CASES = (
 
 def able(name: str) -> tuple[str, ...]:
     """The dispatchers that can carry the case's decisions."""
-    return ROUTER_CASES[name].moe.router.dispatchers or DISPATCHERS
+    moe = ROUTER_CASES[name].moe
+    limited = moe.capacity_factor is not None or moe.capacity_factor_eval is not None
+    able = moe.router.dispatchers or DISPATCHERS
+    return tuple(dispatcher for dispatcher in able if not (limited and dispatcher == "dropless"))
 
 
 @functools.cache
 def dispatched(case: Case, dispatcher: str) -> Case:
-    """The same case with another dispatcher."""
-    return dataclasses.replace(case, moe=case.moe.replace(dispatcher=dispatcher))
+    """The same case with another dispatcher, and without a capacity where that has none."""
+    options = DROPLESS if dispatcher == "dropless" else {}
+    return dataclasses.replace(case, moe=case.moe.replace(dispatcher=dispatcher, **options))

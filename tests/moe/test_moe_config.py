@@ -28,7 +28,7 @@ from sparse_lm.moe.routers.top_k import TopK
             r"config\.router\.renormalise='after_drop'.*second_expert=none.*use none or before_drop",
         ),
         ({"router": {"kind": "top-k"}}, r"config\.router\.kind='top-k'.*did you mean 'top_k'"),
-        ({"dispatcher": "ragged"}, r"config\.dispatcher='ragged'.*known: all_to_all, dense, einsum, gather"),
+        ({"dispatcher": "ragged"}, r"config\.dispatcher='ragged'.*known: all_to_all, dense, dropless, einsum, gather"),
         ({"priority": "tokens"}, r"config\.priority='tokens'.*did you mean 'token'"),
         ({"capacity_factor": 0.0}, r"config\.capacity_factor=0\.0: must be greater than 0"),
         ({"capacity_factor_eval": -1}, r"config\.capacity_factor_eval=-1"),
@@ -73,7 +73,15 @@ def test_the_default_is_causal_for_every_top_k():
 
 def test_every_dispatcher_of_the_table_can_be_chosen():
     for name in DISPATCHERS:
-        assert from_dict(MoEConfig, {"dispatcher": name}).dispatcher == name
+        limits = {"capacity_factor": None, "capacity_factor_eval": None} if name == "dropless" else {}
+        assert from_dict(MoEConfig, {"dispatcher": name, **limits}).dispatcher == name
+
+
+@pytest.mark.parametrize("option", ["capacity_factor", "capacity_factor_eval"])
+def test_a_capacity_where_there_is_none_is_refused(option):
+    limits = {"capacity_factor": None, "capacity_factor_eval": None, option: 1.25}
+    with pytest.raises(ConfigError, match=rf"{option}=1\.25.*dropless has no capacity"):
+        MoEConfig(dispatcher="dropless", **limits)
 
 
 def test_round_trip_through_plain_dictionaries():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparse_lm.moe.dispatch.all_to_all import AllToAll
 from sparse_lm.moe.dispatch.base import Dispatcher
 from sparse_lm.moe.dispatch.dense import Dense
+from sparse_lm.moe.dispatch.dropless import Dropless
 from sparse_lm.moe.dispatch.einsum import Einsum
 from sparse_lm.moe.dispatch.gather import Gather
 
@@ -12,5 +13,6 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "dense": Dense,
     "einsum": Einsum,
     "gather": Gather,
+    "dropless": Dropless,
     "all_to_all": AllToAll,
 }
