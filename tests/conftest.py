@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
+BYTES_OF_MAPS = 2_000_000  # of /proc/self/maps: about 25,000 lines
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 # Tests compile hundreds of small programs and run each once or twice: unoptimised code is ready in half the time.
@@ -49,3 +50,16 @@ def mesh_of() -> Callable[..., jax.sharding.Mesh]:
         return make_mesh(sizes, jax.devices()[:needed])
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def memory_maps():
+    """Forgets compiled programs before a process runs out of memory maps.
+
+    Every program takes some, Linux allows 65,530 of them by default, and jaxlib ends in a segmentation fault at the
+    next one. What is needed again comes from the compilation cache.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes()) > BYTES_OF_MAPS:
+        jax.clear_caches()

@@ -64,7 +64,9 @@ def reference(form: str):
 @pytest.mark.parametrize(
     ("form", "sizes"),
     [
-        pytest.param(form, sizes, marks=() if sizes in ("expert8", "fsdp2-expert2-model2") else pytest.mark.slow)
+        pytest.param(
+            form, sizes, marks=() if (form, sizes) == ("mixture", "fsdp2-expert2-model2") else pytest.mark.slow
+        )
         for form in ("mixture", "switch_head")
         for sizes in cases.MESHES
     ]
@@ -113,7 +115,10 @@ def whole(form: str, sparse: bool = True):
     return decoders.gradients(config_of(form, sparse))
 
 
-@pytest.mark.parametrize(("form", "sparse"), [("mixture", True), ("mixture", False), ("switch_head", False)])
+@pytest.mark.parametrize(
+    ("form", "sparse"),
+    [("mixture", True), pytest.param("mixture", False, marks=pytest.mark.slow), ("switch_head", False)],
+)
 def test_microbatches_add_up_to_the_batch(form, sparse):
     """Without experts in the feed-forward part too: the loads of the batch are then those of attention alone."""
     got = decoders.gradients(config_of(form, sparse), 4)
@@ -122,7 +127,7 @@ def test_microbatches_add_up_to_the_batch(form, sparse):
     assert any(name.startswith("parts/stats/") for name in got) == sparse
 
 
-@pytest.mark.parametrize("form", ["mixture", "switch_head"])
+@pytest.mark.parametrize("form", ["mixture", pytest.param("switch_head", marks=pytest.mark.slow)])
 def test_scan_and_remat_change_nothing(form):
     got = decoders.gradients(config_of(form, num_layers=2, scan_layers=False, remat="full"))
     assert_same(got, whole(form))

@@ -46,7 +46,10 @@ def reference(predictor: str):
     return decoders.train(config(predictor), None)[0]
 
 
-@pytest.mark.parametrize("sizes", cases.MESHES)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(name, marks=() if name == "fsdp2-expert2-model2" else pytest.mark.slow) for name in cases.MESHES],
+)
 def test_training_is_the_same_on_every_mesh(sizes, mesh_of):
     (got,) = decoders.train(config(), mesh_of(**cases.MESHES[sizes]))
     assert_same(got.metrics, reference("mlp").metrics)
@@ -54,6 +57,7 @@ def test_training_is_the_same_on_every_mesh(sizes, mesh_of):
     assert_accounted(got.metrics, 1)
 
 
+@pytest.mark.slow
 def test_accumulation_on_a_mesh(mesh_of):
     (got,) = decoders.train(config("router"), mesh_of(fsdp=2, expert=2, model=2), accumulate=2)
     assert_same(got.metrics, reference("router").metrics)
@@ -72,7 +76,10 @@ def whole_batch(predictor: str, scope: str):
     return decoders.gradients(config(predictor, scope))
 
 
-@pytest.mark.parametrize(("predictor", "scope", "number"), [("router", "sequence", 2), ("mlp", "global", 4)])
+@pytest.mark.parametrize(
+    ("predictor", "scope", "number"),
+    [("router", "sequence", 2), pytest.param("mlp", "global", 4, marks=pytest.mark.slow)],
+)
 def test_microbatches_add_up_to_the_batch(predictor, scope, number):
     got = decoders.gradients(config(predictor, scope), number)
     assert_same(got, whole_batch(predictor, scope))
@@ -99,7 +106,9 @@ def layered(remat: str = "none", scan_layers: bool = True):
     return decoders.gradients(decoder_config(moe, num_layers=5, depth=depth, remat=remat, scan_layers=scan_layers))
 
 
-@pytest.mark.parametrize(("remat", "scan_layers"), [("none", False), ("full", True), ("dots", True)])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"), [("none", False), ("full", True), pytest.param("dots", True, marks=pytest.mark.slow)]
+)
 def test_scan_and_remat_change_nothing(remat, scan_layers):
     got = layered(remat, scan_layers)
     assert_same(got, layered())

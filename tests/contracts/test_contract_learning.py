@@ -137,9 +137,8 @@ VIOLATION = {
 BY_LOSS = 0.75  # with a load-balance or importance loss: no expert gets twice its share
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "hash" else pytest.mark.slow) for name in variants()]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", variants())
 def test_router_learns_better_than_its_shuffled_control(name, monkeypatch, record_property):
     monkeypatch.setitem(ROUTERS, "shuffled", Shuffled)
     moe = variants()[name].replace(num_experts=EXPERTS, num_shared=0, shared_gate="none", every=2)

@@ -51,7 +51,9 @@ def tokens() -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens_BL, jnp.ones_like(tokens_BL), jnp.broadcast_to(jnp.arange(8), (4, 8))
 
 
-@pytest.mark.parametrize("grouping", [{}, {"grouping": "position", "group_size": 2}])
+@pytest.mark.parametrize(
+    "grouping", [{}, pytest.param({"grouping": "position", "group_size": 2}, marks=pytest.mark.slow)]
+)
 def test_the_logits_flow_from_layer_to_layer(grouping):
     """Layer by layer in float64: G_1 = x W, then G_j = x W + G_{j-1} W_g; choices and gates are those of G_j."""
     one = model(config(**grouping))

@@ -37,6 +37,7 @@ def ablate(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_parts_side_by_side_then_the_whole_again(ablate, tmp_path):
     status, out, errors = ablate("--parallel=2")
     assert status == 0, errors
