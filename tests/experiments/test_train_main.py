@@ -79,7 +79,7 @@ REFUSED = {
     "--config.train.steps=None": "config.train.steps=None: expected int",
     "--config.model.num_heads=3": "config.model.num_heads=3: must divide d_model=16",
     "--config.model.position=ropee": "did you mean 'rope'",
-    "--config.model.moe.router.kind=softmax": "config.model.moe.router.kind='softmax': known: ",
+    "--config.model.moe.router.kind=gating": "config.model.moe.router.kind='gating': known: ",
     "--config.model.moe.group_size=5": "config.model.moe.group_size=5: must divide data.length=16",
     "--config.train.accumulate=3": "config.train.accumulate=3: must divide train.batch_size=8",
     "--config.data.source=text": "data.source=text needs a path",
