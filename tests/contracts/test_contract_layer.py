@@ -42,8 +42,8 @@ def _quick_mesh(name, dispatcher, sizes):
     )
 
 
-def _quick_kind(name, dispatcher):
-    return dispatcher == cases.able(name)[-1]
+def _quick_kind(name, dispatcher, sizes):
+    return sizes == "data2-expert4" and dispatcher == cases.able(name)[-1]
 
 
 def test_every_router_and_dispatcher_of_the_package_has_a_case():
@@ -85,11 +85,11 @@ def test_layer_on_a_mesh_equals_the_oracle(name, dispatcher, sizes, mesh_of, rec
 
 
 @pytest.mark.parametrize(
-    ("name", "dispatcher"),
-    _rows(_quick_kind, (*cases.KIND_CASES.values(), *cases.VARIANT_CASES), cases.DISPATCHERS),
+    ("name", "dispatcher", "sizes"),
+    _rows(_quick_kind, (*cases.KIND_CASES.values(), *cases.VARIANT_CASES), cases.DISPATCHERS, cases.MESHES),
 )
-def test_every_kind_of_router_on_a_mesh_equals_the_oracle(name, dispatcher, mesh_of, record_property):
-    mesh = mesh_of(**cases.MESHES["data2-expert4"])
+def test_every_kind_of_router_on_a_mesh_equals_the_oracle(name, dispatcher, sizes, mesh_of, record_property):
+    mesh = mesh_of(**cases.MESHES[sizes])
     _check(harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher), mesh), name, record_property)
 
 
