@@ -107,7 +107,12 @@ def layered(remat: str = "none", scan_layers: bool = True):
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan_layers"), [("none", False), ("full", True), pytest.param("dots", True, marks=pytest.mark.slow)]
+    ("remat", "scan_layers"),
+    [
+        pytest.param("none", False, marks=pytest.mark.slow),
+        ("full", True),
+        pytest.param("dots", True, marks=pytest.mark.slow),
+    ],
 )
 def test_scan_and_remat_change_nothing(remat, scan_layers):
     got = layered(remat, scan_layers)
@@ -129,7 +134,9 @@ def test_rows_of_padding_change_nothing():
     assert_same(kept, expected)
 
 
-@pytest.mark.parametrize(("num_layers", "first_dense", "every"), [(4, 0, 2), (5, 1, 3)])
+@pytest.mark.parametrize(
+    ("num_layers", "first_dense", "every"), [pytest.param(4, 0, 2, marks=pytest.mark.slow), (5, 1, 3)]
+)
 def test_the_state_of_every_router_follows_the_statistics_of_its_own_layer(num_layers, first_dense, every):
     """Four sparse layers, one or two of them wrapped: a bias moves down where the load of its own layer is high.
 

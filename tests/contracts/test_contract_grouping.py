@@ -172,8 +172,14 @@ def test_generation_refuses_routers_that_look_at_other_rows():
 # Whole models
 
 
-@pytest.mark.parametrize("positions", [False, True], ids=["sequence", "position"])
-@pytest.mark.parametrize("name", ["expert_choice", "sinkhorn", "base"])
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        pytest.param(name, positions, marks=() if name == "base" and positions else pytest.mark.slow)
+        for name in ("expert_choice", "sinkhorn", "base")
+        for positions in (False, True)
+    ],
+)
 def test_training_is_the_same_on_a_mesh(name, positions, mesh_of):
     mesh = mesh_of(data=2, expert=2) if positions else mesh_of(data=2, expert=4)
     config = moe(name, dispatcher="all_to_all")
@@ -183,13 +189,13 @@ def test_training_is_the_same_on_a_mesh(name, positions, mesh_of):
     assert_same(got.state, expected.state)
 
 
-@pytest.mark.parametrize("name", ["expert_choice", "base"])
+@pytest.mark.parametrize("name", [pytest.param("expert_choice", marks=pytest.mark.slow), "base"])
 def test_microbatches_of_whole_groups_add_up(name):
     config = decoder_config(by_position(moe(name, scope="global")))
     assert_same(decoders.gradients(config, 4), decoders.gradients(config, 1))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "sinkhorn" else pytest.mark.slow) for n in ROUTERS])
 def test_scan_and_remat_change_nothing(name):
     config = decoder_config(by_position(moe(name)))
     expected = decoders.gradients(config)

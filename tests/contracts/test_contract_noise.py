@@ -47,7 +47,9 @@ def trained(name: str):
     return decoders.train(decoder_config(NOISY[name]), None)[0]
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "sparse_mixer" else pytest.mark.slow) for n in NOISY]
+)
 def test_training_with_noise_is_the_same_on_a_mesh_and_under_remat(name, mesh_of):
     config = decoder_config(NOISY[name].replace(dispatcher="all_to_all"), remat="full")
     (got,) = decoders.train(config, mesh_of(data=2, expert=4))

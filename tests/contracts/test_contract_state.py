@@ -100,7 +100,11 @@ def test_after_two_steps_the_coefficient_follows_from_the_loads():
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("sigmoid", "data2-expert4"), ("linear", "fsdp2-expert2-model2"), ("relu", "data2-expert4")],
+    [
+        pytest.param("sigmoid", "data2-expert4", marks=pytest.mark.slow),
+        ("linear", "fsdp2-expert2-model2"),
+        pytest.param("relu", "data2-expert4", marks=pytest.mark.slow),
+    ],
 )
 def test_the_state_is_the_same_on_every_mesh(name, sizes, mesh_of):
     dispatcher = "all_to_all" if sizes == "data2-expert4" else "gather"

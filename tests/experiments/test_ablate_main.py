@@ -55,6 +55,7 @@ def test_parts_side_by_side_then_the_whole_again(ablate, tmp_path):
     assert status == 0 and out.count("finished ") == 2
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_stop_the_others_and_is_the_exit_status(ablate, tmp_path):
     status, out, _ = ablate("--seeds=1", study=FAILING)
     assert status == 1 and "failed, ConfigError" in out

@@ -158,6 +158,7 @@ def test_bigrams_go_by_the_token_before_and_alone_like_random():
     np.testing.assert_array_equal(route_pairs(Hash(mode="bigram"), None, ids), alone)
 
 
+@pytest.mark.slow
 def test_the_layer_groups_the_token_before_like_the_token():
     """Without drops, groups decide nothing: small ones, wide ones and those by position give the same outputs."""
     ids_BL = jax.random.randint(jax.random.key(1), (4, 6), 0, 9)
