@@ -83,7 +83,8 @@ def compare(case: Case, sizes: Sizes, options: Options, against: tuple[Timed, fl
     """Times one case. against: the dense layer, and the peak in FLOP/s. Call under a mesh of one device."""
     dense, peak = against
     sparse = time_sparse(case, sizes, options.dtype, options.activation)
-    counted = sparse.xla_flops is not None and dense.xla_flops
+    # The compiler counts the body of a loop once, so that it has no figure for loops over blocks.
+    counted = sparse.xla_flops is not None and dense.xla_flops and case.dispatcher != "dropless"
     work = sparse.xla_flops / dense.xla_flops if counted else None  # type: ignore[operator]
     return Comparison(
         case=f"E={case.num_experts} k={case.top_k} {case.dispatcher}",

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from sparse_lm.sharding import varying
 
-BLOCK = 128  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
+BLOCK = 256  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
 
 
 @jax.tree_util.register_dataclass
@@ -41,9 +41,9 @@ class Blocks:
 
 
 def block_size(rows: int, experts: int) -> int:
-    """`BLOCK`, or less where half-empty last blocks would be more than about half of the work; at least 8."""
+    """`BLOCK`, or less where half-empty last blocks would be more than about a quarter of the work; at least 8."""
     size = BLOCK
-    while size > 8 and size * experts > rows:
+    while size > 8 and 2 * size * experts > rows:
         size //= 2
     return size
 
