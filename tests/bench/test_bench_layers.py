@@ -63,7 +63,7 @@ def test_the_work_beside_the_dense_layer(dispatcher, low, high):
 
 @pytest.mark.parametrize(("dtype", "activation"), [("float32", "gelu"), ("bfloat16", "relu")])
 def test_both_ways_give_output_and_gradients(dtype, activation):
-    y, (parameters, dx) = time_sparse(Case(4, 2, "gather"), SMALL, dtype, activation).call()
+    y, (parameters, dx) = time_sparse(Case(4, 2, "gather"), SMALL, dtype, activation).call()  # type: ignore[misc]
     assert y.shape == dx.shape == (4, 32, 16)
     assert y.dtype == dx.dtype == dtype
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(parameters))

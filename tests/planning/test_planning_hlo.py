@@ -177,4 +177,6 @@ def test_a_compiled_scan_is_counted_by_its_length(mesh_of):
         x = jnp.ones((16, 8), out_sharding=P("expert"))
         compiled = jax.jit(exchanged).lower(x).compile()
     # A device has 4 x 8 float32 of them and exchanges all of these, once per iteration.
-    assert collectives(compiled.as_text()) == (Collective("all-to-all", 7, 7 * 4 * 8 * 4),)
+    text = compiled.as_text()
+    assert text is not None
+    assert collectives(text) == (Collective("all-to-all", 7, 7 * 4 * 8 * 4),)

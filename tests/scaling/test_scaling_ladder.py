@@ -50,7 +50,7 @@ def test_every_run_has_the_flops_of_its_rung():
 
 def test_columns_are_those_that_a_finished_run_will_have():
     for rung in plan_ladder(LADDER).rungs:
-        assert rung.columns == pytest.approx(rung.columns | columns_of(rung.experiment))
+        assert rung.columns == pytest.approx({**rung.columns, **columns_of(rung.experiment)})
 
 
 def test_overrides_are_experts_of_a_share_of_the_width():

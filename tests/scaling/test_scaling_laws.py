@@ -112,7 +112,7 @@ def test_more_of_everything_is_better_where_the_papers_measured(name):
 @pytest.mark.parametrize("kind", sorted(LAWS))
 def test_a_law_declares_what_it_is(kind):
     law = LAWS[kind]
-    assert list(law.coefficients) and set(law.coefficients) == {field.name for field in dataclasses.fields(law)}
+    assert list(law.coefficients) and set(law.coefficients) == {field.name for field in dataclasses.fields(law)}  # type: ignore[arg-type]
     assert set(law.columns) <= set(LIMITS) - {"loss"} and "arXiv" not in law.source and "(2" in law.source
     published = PUBLISHED[kind]
     for name, value in published.values().items():
