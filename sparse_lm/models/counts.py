@@ -320,13 +320,6 @@ def _router(config: ModelConfig) -> Part:
     """From the router itself, since kinds of router differ in what they hold."""
     if config.moe is None:
         return Part(0, 0, 0)
-    moe = config.moe
-    shape = moe.router_shape(config.d_model)
-    # Parameters alone: a router's state is not learned.
-    parameters = jax.eval_shape(
-        lambda key: nnx.state(moe.router.build(key, shape, DEFAULT), nnx.Param), jax.random.key(0)
-    )
-    leaves = jax.tree.leaves(parameters)
+    one, multiplied = config.moe.router.parameters(config.moe.router_shape(config.d_model))
     num_sparse = sum(config.sparse)
-    total = num_sparse * sum(leaf.size for leaf in leaves)
-    return Part(total, total, num_sparse * sum(leaf.size for leaf in leaves if leaf.ndim >= 2))
+    return Part(num_sparse * one, num_sparse * one, num_sparse * multiplied)

@@ -33,6 +33,10 @@ class BalanceConfig(Config):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, float)}
 
+    def reaching(self, router: RouterConfig) -> BalanceConfig:
+        """The weights; all 0 where no gradient reaches the router, as under hash routing."""
+        return self if router.learned else self.replace(**dict.fromkeys(self.weights, 0.0))
+
 
 @dataclasses.dataclass(frozen=True)
 class HeterogeneousBalance(BalanceConfig):
@@ -212,7 +216,7 @@ class MoEConfig(Config):
         if self.free_share != 1:
             weights = (1.0,) * self.num_experts + (self.free_share,) * self.num_free
             return HeterogeneousBalance(**vars(self.balance), expert_weights=weights)
-        return self.balance if self.router.learned else self.balance.replace(**dict.fromkeys(self.balance.weights, 0.0))
+        return self.balance.reaching(self.router)
 
     @property
     def causal(self) -> bool:

@@ -54,6 +54,13 @@ class Placement:
     token_GEC: Int[Array, "G E C"]
     scale_GSK: jax.Array | None = None
 
+    @classmethod
+    def of(cls, decision: TokenChoice, slot_GSK: jax.Array, gate_GSK: jax.Array, token_GEC: jax.Array) -> Placement:
+        """With the gates, 0 where there is no slot, on that side of the experts where the decision wants them."""
+        if decision.gate_on == "input":
+            return cls(slot_GSK, (slot_GSK >= 0).astype(jnp.float32), token_GEC, gate_GSK)
+        return cls(slot_GSK, gate_GSK, token_GEC)
+
 
 def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     """Gives the slots of every expert to assignments in the order of the rule's priority.
@@ -111,9 +118,7 @@ def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     if rule.renormalise:
         total_GS1 = jnp.sum(gate_GSK, axis=-1, keepdims=True)
         gate_GSK = gate_GSK / jnp.where(total_GS1 > 0, total_GS1, 1.0)
-    if decision.gate_on == "input":
-        return Placement(slot_GSK, (slot_GSK >= 0).astype(jnp.float32), token_GEC, gate_GSK)
-    return Placement(slot_GSK, gate_GSK, token_GEC)
+    return Placement.of(decision, slot_GSK, gate_GSK, token_GEC)
 
 
 def _choices_first(x_GSK: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.types import RouterInputs
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.init import fan_in_normal
-from sparse_lm.sharding import DEFAULT, Rules
+from sparse_lm.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Mixture(AttentionExperts):
     @property
     def losses(self) -> BalanceConfig:
         """See `AttentionExperts.losses`."""
-        return self.balance if self.router.learned else self.balance.replace(load=0.0, z=0.0)
+        return self.balance.reaching(self.router)
 
     def build(self, key: jax.Array, shape: AttentionShape, rules: Rules) -> ExpertAttention:
         """See `AttentionExperts.build`."""
@@ -99,12 +99,7 @@ class Mixture(AttentionExperts):
         shared, active = 2 * shape.kv_heads * one_head, 2 * shape.num_heads * one_head
         total = active // self.top_k * self.num_experts
         router_shape = RouterShape(shape.d_model, self.num_experts, self.top_k)
-        parameters = jax.eval_shape(
-            lambda key: nnx.state(self.router.build(key, router_shape, DEFAULT), nnx.Param), jax.random.key(0)
-        )
-        leaves = jax.tree.leaves(parameters)
-        router = sum(leaf.size for leaf in leaves)
-        multiplied = sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
+        router, multiplied = self.router.parameters(router_shape)
         return AttentionCost(total + shared + router, active + shared + router, active + shared + multiplied, router)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from sparse_lm.moe.dispatch.base import Dispatcher
@@ -34,7 +33,10 @@ class Dropless(Dispatcher):
         token_R = jnp.full((rows,), tokens, jnp.int32)
         token_R = token_R.at[row_A].set(jnp.arange(tokens * top_k, dtype=jnp.int32) // top_k, mode="drop")
         kept_GSK = decision.expert_GSK >= 0
-        routes = Routes(_placement(decision, kept_GSK), row_A.reshape(tokens, top_k), token_R[None])
+        # All are kept: slots and their tokens mean nothing here, only what multiplies where.
+        slot_GSK, none_GEC = jnp.where(kept_GSK, 0, -1).astype(jnp.int32), jnp.zeros((groups, 0, 0), jnp.int32)
+        placement = Placement.of(decision, slot_GSK, decision.gate_GSK, none_GEC)
+        routes = Routes(placement, row_A.reshape(tokens, top_k), token_R[None])
         x_RD = routes.to_slots(x_GSD)[0]
         block_R = jnp.arange(rows, dtype=jnp.int32) // blocks.size
         expert_R = jnp.sum(block_R[:, None] >= (blocks.first_E + blocks.number_E)[None], axis=1, dtype=jnp.int32)
@@ -48,12 +50,3 @@ class Dropless(Dispatcher):
             key,
         )
         return routes.combine(y_RD[None]), kept_GSK
-
-
-def _placement(decision, kept_GSK: jax.Array) -> Placement:
-    """All assignments are kept; only what multiplies where is left to say."""
-    slot_GSK = jnp.where(kept_GSK, 0, -1).astype(jnp.int32)
-    none_GEC = jnp.zeros((kept_GSK.shape[0], 0, 0), jnp.int32)
-    if decision.gate_on == "input":
-        return Placement(slot_GSK, kept_GSK.astype(jnp.float32), none_GEC, decision.gate_GSK)
-    return Placement(slot_GSK, decision.gate_GSK, none_GEC)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from sparse_lm.config import Config
 from sparse_lm.moe.types import RouterInputs, RouterStats, Scores, TokenChoice
 from sparse_lm.nn.init import fan_in_normal
-from sparse_lm.sharding import Rules
+from sparse_lm.sharding import DEFAULT, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,12 @@ class RouterConfig(Config, abc.ABC):
     @abc.abstractmethod
     def build(self, key: jax.Array, shape: RouterShape, rules: Rules) -> Router:
         """The router with fresh weights."""
+
+    def parameters(self, shape: RouterShape) -> tuple[int, int]:
+        """How many parameters such a router has, its state not among them, and how many of them are in products."""
+        built = jax.eval_shape(lambda key: nnx.state(self.build(key, shape, DEFAULT), nnx.Param), jax.random.key(0))
+        leaves = jax.tree.leaves(built)
+        return sum(leaf.size for leaf in leaves), sum(leaf.size for leaf in leaves if leaf.ndim >= 2)
 
     def check_shape(self, shape: RouterShape) -> None:
         """Raises `ConfigError` where the router cannot serve such a layer. Overridden where there is a limit."""
