@@ -83,6 +83,35 @@ class Attention(nnx.Module):
         query_BLHI = rules.einsum("BLD,DHI->BLHI", x_BLD, rules.gather(self.query_DHI[...], "DHI", dtype))
         key_BTJI = rules.einsum("BTD,DJI->BTJI", x_BLD, rules.gather(self.key_DJI[...], "DJI", dtype))
         value_BTJI = rules.einsum("BTD,DJI->BTJI", x_BLD, rules.gather(self.value_DJI[...], "DJI", dtype))
+        weights_key, out_key = split_keys(key, 2)
+        projected, heads = (query_BLHI, key_BTJI, value_BTJI), Heads(rules, self.rope_base, self.dropout_rate)
+        mixed_BLHI, stored = heads.mix(projected, positions_BL, mask_BLT, weights_key, cache)
+        y_BLD = rules.einsum("BLHI,HID->BLD", mixed_BLHI, rules.gather(self.out_HID[...], "HID", dtype))
+        return dropout(y_BLD, self.dropout_rate, out_key), stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What is between the projections of an attention. rope_base: None is no rotation. rate: of dropout of weights."""
+
+    rules: Rules
+    rope_base: float | None
+    rate: float
+
+    def mix(
+        self,
+        projected: tuple[jax.Array, jax.Array, jax.Array],
+        positions_BL: Int[Array, "B L"],
+        mask_BLT: Bool[Array, "B L T"],
+        key: jax.Array | None,
+        cache: tuple[KeyValues, jax.Array] | None,
+    ) -> tuple[Float[Array, "B L H I"], KeyValues | None]:
+        """What the heads see, and the cache with this pass in it; see `Attention`.
+
+        projected: queries [B, L, H, I], keys and values [B, L, J, I], before rotation.
+        """
+        query_BLHI, key_BTJI, value_BTJI = projected
+        dtype = query_BLHI.dtype
         if self.rope_base is not None:
             query_BLHI = rotary(query_BLHI, positions_BL, self.rope_base)
             key_BTJI = rotary(key_BTJI, positions_BL, self.rope_base)
@@ -90,10 +119,7 @@ class Attention(nnx.Module):
         if cache is not None:
             stored = cache[0].write(key_BTJI, value_BTJI, cache[1])
             key_BTJI, value_BTJI = stored.key_BTJI.astype(dtype), stored.value_BTJI.astype(dtype)
-        weights_key, out_key = split_keys(key, 2)
-        mixed_BLHI = attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, rules, self.dropout_rate, weights_key)
-        y_BLD = rules.einsum("BLHI,HID->BLD", mixed_BLHI, rules.gather(self.out_HID[...], "HID", dtype))
-        return dropout(y_BLD, self.dropout_rate, out_key), stored
+        return attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, self.rules, self.rate, key), stored
 
 
 def attend(

@@ -18,8 +18,7 @@ from sparse_lm.config import Config
 from sparse_lm.moe.config import BalanceConfig
 from sparse_lm.moe.stats import dispatch_stats, router_stats
 from sparse_lm.moe.types import LayerStats, Scores, TokenChoice, pytree_dataclass
-from sparse_lm.nn.attention import KeyValues, attend
-from sparse_lm.nn.position import rotary
+from sparse_lm.nn.attention import Heads, KeyValues
 from sparse_lm.sharding import Rules
 
 
@@ -37,6 +36,10 @@ class AttentionShape:
     head_dim: int
     rope_base: float | None = None
     dropout_rate: float = 0.0
+
+    def heads(self, rules: Rules) -> Heads:
+        """What is between the projections, the same as in `nn.attention.Attention`."""
+        return Heads(rules, self.rope_base, self.dropout_rate)
 
 
 @pytree_dataclass
@@ -119,27 +122,6 @@ def attention_stats(decision: TokenChoice, scores: Scores, real_BL: Bool[Array, 
         router_stats(decision, scores, real_BL, real_BL.shape[1], rules),
         dispatch_stats(decision, decision.expert_GSK >= 0, real_BL),
     )
-
-
-def rotate_and_attend(
-    shape: AttentionShape,
-    rules: Rules,
-    projected: tuple[jax.Array, jax.Array, jax.Array],
-    inputs: AttentionInputs,
-    key: jax.Array | None,
-    cache: tuple[KeyValues, jax.Array] | None,
-) -> tuple[Float[Array, "B L H I"], KeyValues | None]:
-    """What the heads see, and the cache with this pass in it. projected: queries, keys and values before rotation."""
-    query_BLHI, key_BTJI, value_BTJI = projected
-    dtype = query_BLHI.dtype
-    if shape.rope_base is not None:
-        query_BLHI = rotary(query_BLHI, inputs.positions_BL, shape.rope_base)
-        key_BTJI = rotary(key_BTJI, inputs.positions_BL, shape.rope_base)
-    stored = None
-    if cache is not None:
-        stored = cache[0].write(key_BTJI, value_BTJI, cache[1])
-        key_BTJI, value_BTJI = stored.key_BTJI.astype(dtype), stored.value_BTJI.astype(dtype)
-    return attend(query_BLHI, key_BTJI, value_BTJI, inputs.mask_BLT, rules, shape.dropout_rate, key), stored
 
 
 def whole_experts(rules: Rules, weight: jax.Array, letters: str, dtype) -> jax.Array:

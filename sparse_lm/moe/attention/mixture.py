@@ -16,7 +16,6 @@ from sparse_lm.moe.attention.base import (
     ExpertAttention,
     attention_stats,
     merge,
-    rotate_and_attend,
     whole_experts,
 )
 from sparse_lm.moe.config import BalanceConfig
@@ -135,8 +134,8 @@ class MixtureAttention(ExpertAttention):
         query_BLHI = rules.reshape(query_BLHKI, (batch, length, heads * choices, width), "BLHI")
         key_BTJI = rules.einsum("BTD,DJI->BTJI", x_BLD, rules.gather(self.key_DJI[...], "DJI", dtype))
         value_BTJI = rules.einsum("BTD,DJI->BTJI", x_BLD, rules.gather(self.value_DJI[...], "DJI", dtype))
-        mixed_BLHI, stored = rotate_and_attend(
-            shape, rules, (query_BLHI, key_BTJI, value_BTJI), inputs, weights_key, cache
+        mixed_BLHI, stored = shape.heads(rules).mix(
+            (query_BLHI, key_BTJI, value_BTJI), inputs.positions_BL, inputs.mask_BLT, weights_key, cache
         )
         mixed_BLHKI = rules.reshape(mixed_BLHI, (batch, length, heads, choices, width), "BLHKI")
         gated_BLKE = gate_BLK[..., None] * chosen_BLKE

@@ -16,7 +16,6 @@ from sparse_lm.moe.attention.base import (
     ExpertAttention,
     attention_stats,
     merge,
-    rotate_and_attend,
     whole_experts,
 )
 from sparse_lm.moe.config import BalanceConfig
@@ -106,8 +105,8 @@ class SwitchHeadAttention(ExpertAttention):
         key_BLHI = rules.einsum("BLD,DHI->BLHI", x_BLD, rules.gather(self.key_DHI[...], "DHI", dtype))
         all_BLEHI = rules.einsum("BLD,EDHI->BLEHI", x_BLD, whole_experts(rules, self.value_EDHI[...], "EDHI", dtype))
         value_BLHI = merge(value_gate_BLHE, all_BLEHI, "BLHE,BLEHI->BLHI", rules)
-        mixed_BLHI, stored = rotate_and_attend(
-            shape, rules, (query_BLHI, key_BLHI, value_BLHI), inputs, weights_key, cache
+        mixed_BLHI, stored = shape.heads(rules).mix(
+            (query_BLHI, key_BLHI, value_BLHI), inputs.positions_BL, inputs.mask_BLT, weights_key, cache
         )
         mixed_BLEHI = merge(out_gate_BLHE, mixed_BLHI, "BLHE,BLHI->BLEHI", rules)
         y_BLD = rules.einsum("BLEHI,EHID->BLD", mixed_BLEHI, whole_experts(rules, self.out_EHID[...], "EHID", dtype))
