@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from sparse_lm.sharding import Rules
 BlockCache = KeyValues | DepthCache
 Cache = tuple[tuple[BlockCache, ...], ...]  # per segment, per block of its unit, stacked over repeats
 Kind = TypeVar("Kind")
+Stats = TypeVar("Stats", RouterStats, LayerStats)
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -123,29 +125,29 @@ class Stack(nnx.Module):
     def with_updated_routers(self, stats: RouterStats) -> Self:
         """The stack after a step whose whole batch had these statistics, stacked over sparse layers (see `Router`)."""
         new = jax.tree.map(lambda leaf: leaf, self)  # other modules around the same arrays
-        start = 0
-        for unit, (repeats, pattern) in zip(new.units, self.plan, strict=True):
-            places = [i for i, kind in enumerate(pattern) if kind.sparse]
-            stop = start + repeats * len(places)
-            for number, place in enumerate(places):
-                layer = unit.blocks[place].feed_forward
-                assert isinstance(layer, MoE)
-                own = jax.tree.map(lambda leaf, n=number: leaf[start + n : stop : len(places)], stats)  # noqa: B023
-                layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, own)
-            start = stop
+        for block, own in new._each(stats, lambda kind: kind.sparse):
+            layer = block.feed_forward
+            assert isinstance(layer, MoE)
+            layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, own)
         return new
 
     def with_updated_attention(self, stats: LayerStats) -> Self:
         """The same for the routers of attention experts, which every layer has."""
         new = jax.tree.map(lambda leaf: leaf, self)
-        start = 0
-        for unit, (repeats, pattern) in zip(new.units, self.plan, strict=True):
-            stop = start + repeats * len(pattern)
-            for place, block in enumerate(unit.blocks):
-                own = jax.tree.map(lambda leaf, n=place: leaf[start + n : stop : len(pattern)], stats)  # noqa: B023
-                block.attention = jax.vmap(lambda layer, stats: layer.with_updated_router(stats))(block.attention, own)
-            start = stop
+        for block, own in new._each(stats, lambda kind: True):
+            block.attention = jax.vmap(lambda layer, stats: layer.with_updated_router(stats))(block.attention, own)
         return new
+
+    def _each(self, stats: Stats, has: Callable[[LayerKind], bool]) -> Iterator[tuple[Any, Stats]]:
+        """The stacked blocks of the layers that have what `stats` are of, and their share of the statistics."""
+        start = 0
+        for unit, (repeats, pattern) in zip(self.units, self.plan, strict=True):
+            places = [place for place, kind in enumerate(pattern) if has(kind)]
+            stop = start + repeats * len(places)
+            for number, place in enumerate(places):
+                share = slice(start + number, stop, len(places))
+                yield unit.blocks[place], jax.tree.map(lambda leaf, share=share: leaf[share], stats)
+            start = stop
 
     def _nothing_carried(self, x_BLD: jax.Array) -> jax.Array | None:
         """What the router of the first sparse layer gets, if routers ask for what is handed on."""

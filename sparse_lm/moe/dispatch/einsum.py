@@ -20,35 +20,39 @@ class Einsum(Dispatcher):
         """See `Dispatcher.local`."""
         if isinstance(decision, Soft):
             return _soft(experts, x_GSD, decision, ids_GS, key)
-        groups, _, width = x_GSD.shape
         num_experts, slots = experts.num_experts, self.slots.capacity
         placement = place(decision, num_experts, self.slots)
         expert_GSKE = jax.nn.one_hot(decision.expert_GSK, num_experts, dtype=jnp.float32)
         slot_GSKC = jax.nn.one_hot(placement.slot_GSK, slots, dtype=jnp.float32)
-        dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
-        combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", placement.gate_GSK, expert_GSKE, slot_GSKC)
-        if placement.scale_GSK is None:
-            x_EGCD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
+
+        def weigh(gate_GSK):
+            return jnp.einsum("GSK,GSKE,GSKC->GSEC", gate_GSK, expert_GSKE, slot_GSKC)
+
+        if placement.scale_GSK is None:  # one-hot: exact in any dtype
+            dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC).astype(x_GSD.dtype)
         else:
-            scaled_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", placement.scale_GSK, expert_GSKE, slot_GSKC)
-            x_EGCD = jnp.einsum("GSEC,GSD->EGCD", scaled_GSEC, x_GSD.astype(jnp.float32)).astype(x_GSD.dtype)
+            dispatch_GSEC = weigh(placement.scale_GSK)
         token_GEC = jnp.maximum(placement.token_GEC, 0)
-        ids_GEC = jnp.take_along_axis(ids_GS, token_GEC.reshape(groups, -1), axis=1).reshape(token_GEC.shape)
-        ids_ER = jnp.swapaxes(ids_GEC, 0, 1).reshape(num_experts, -1)
-        y_ERD = apply_experts(experts, x_EGCD.reshape(num_experts, groups * slots, width), ids_ER, key)
-        y_EGCD = y_ERD.reshape(x_EGCD.shape).astype(jnp.float32)
-        return jnp.einsum("GSEC,EGCD->GSD", combine_GSEC, y_EGCD), placement.slot_GSK >= 0
+        ids_GEC = jnp.take_along_axis(ids_GS, token_GEC.reshape(len(ids_GS), -1), axis=1).reshape(token_GEC.shape)
+        y_GSD = _through(experts, x_GSD, (dispatch_GSEC, weigh(placement.gate_GSK)), ids_GEC, key)
+        return y_GSD, placement.slot_GSK >= 0
 
 
 def _soft(experts, x_GSD, decision: Soft, ids_GS, key):
-    groups, size, width = x_GSD.shape
-    num_experts, slots = decision.dispatch_GSEC.shape[2:]
-    x_EGCD = jnp.einsum("GSEC,GSD->EGCD", decision.dispatch_GSEC, x_GSD.astype(jnp.float32)).astype(x_GSD.dtype)
+    groups, size, num_experts, slots = decision.dispatch_GSEC.shape
     # Rows are numbered by the slots of the whole batch, since no token is in a row alone.
     ids_GC = ids_GS[:, :1] // size * slots + jnp.arange(slots, dtype=jnp.int32)
-    ids_ER = jnp.broadcast_to(ids_GC.reshape(1, -1), (num_experts, groups * slots))
-    y_ERD = apply_experts(experts, x_EGCD.reshape(num_experts, groups * slots, width), ids_ER, key)
-    y_EGCD = y_ERD.reshape(x_EGCD.shape).astype(jnp.float32)
+    ids_GEC = jnp.broadcast_to(ids_GC[:, None], (groups, num_experts, slots))
     real_GS1 = jnp.sum(decision.combine_GSEC, axis=(2, 3))[..., None] > 0
     kept_GSE = jnp.broadcast_to(real_GS1, (groups, size, num_experts))
-    return jnp.einsum("GSEC,EGCD->GSD", decision.combine_GSEC, y_EGCD), kept_GSE
+    return _through(experts, x_GSD, (decision.dispatch_GSEC, decision.combine_GSEC), ids_GEC, key), kept_GSE
+
+
+def _through(experts, x_GSD, weights, ids_GEC, key):
+    """To the slots by the first weights, in their dtype, through the experts, and back by the second, in float32."""
+    dispatch_GSEC, combine_GSEC = weights
+    groups, num_experts, slots = ids_GEC.shape
+    x_EGCD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC, x_GSD.astype(dispatch_GSEC.dtype)).astype(x_GSD.dtype)
+    ids_ER = jnp.swapaxes(ids_GEC, 0, 1).reshape(num_experts, -1)
+    y_ERD = apply_experts(experts, x_EGCD.reshape(num_experts, groups * slots, -1), ids_ER, key)
+    return jnp.einsum("GSEC,EGCD->GSD", combine_GSEC, y_ERD.reshape(x_EGCD.shape).astype(jnp.float32))
