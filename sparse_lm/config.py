@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ml_collections import config_dict
@@ -72,6 +74,16 @@ class Config:
                 flat[head] = value
         flat |= {head: getattr(self, head).replace(**rest) for head, rest in nested.items()}
         return dataclasses.replace(self, **flat)  # type: ignore[type-var]
+
+
+def python_file(path: Path) -> types.ModuleType | None:
+    """What a Python file of the user's own, such as those in configs/, defines; None where there is no such file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def from_dict(cls: type, values: Mapping[str, Any] | config_dict.ConfigDict) -> Any:

@@ -12,7 +12,17 @@ import hypothesis.strategies as st
 import pytest
 from ml_collections import config_dict
 
-from sparse_lm.config import Config, ConfigError, closest, coerce, from_dict, option, to_config_dict, to_dict
+from sparse_lm.config import (
+    Config,
+    ConfigError,
+    closest,
+    coerce,
+    from_dict,
+    option,
+    python_file,
+    to_config_dict,
+    to_dict,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,3 +332,12 @@ def test_a_nested_config_that_is_off_stays_off():
     assert to_config_dict(Root()).extra is None
     flags: Any = to_config_dict(Root(extra=Leaf(width=2)))
     assert flags.extra.width == 2
+
+
+def test_a_python_file_is_run_and_anything_else_is_none(tmp_path):
+    (tmp_path / "one.py").write_text("SIZE = 3\n")
+    (tmp_path / "one.txt").write_text("SIZE = 3\n")
+    module = python_file(tmp_path / "one.py")
+    assert module is not None and module.SIZE == 3
+    assert python_file(tmp_path / "one.txt") is None
+    assert python_file(tmp_path / "two.py") is None

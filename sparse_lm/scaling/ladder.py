@@ -7,13 +7,12 @@ larger model trains for fewer steps. What would train too briefly to mean anythi
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_lm.config import ConfigError
+from sparse_lm.config import ConfigError, python_file
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.models.counts import count
 from sparse_lm.telemetry.format import compact
@@ -179,11 +178,9 @@ def describe(plan: LadderPlan) -> str:
 
 def load_ladder(path: Path) -> Ladder:
     """The `LADDER` of a Python file. Raises `ConfigError` when there is no file or no ladder in it."""
-    spec = importlib.util.spec_from_file_location(f"ladder_{path.stem}", path) if path.is_file() else None
-    if spec is None or spec.loader is None:
+    module = python_file(path)
+    if module is None:
         raise ConfigError("ladder", str(path), "there is no such Python file; the one that there is: configs/ladder.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     ladder = getattr(module, "LADDER", None)
     if not isinstance(ladder, Ladder):
         raise ConfigError("ladder", str(path), "defines no LADDER = Ladder(...); see configs/ladder.py")

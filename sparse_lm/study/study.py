@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from sparse_lm.config import ConfigError, closest
+from sparse_lm.config import ConfigError, closest, python_file
 from sparse_lm.experiment import Experiment
 from sparse_lm.study.claims import Claim
 
@@ -110,11 +109,9 @@ def load_study(path: Path) -> Study:
     """The `STUDY` of a Python file. Raises `ConfigError` when there is no file or no study in it."""
     if not path.is_file():
         raise ConfigError("study", str(path), "there is no such file; those that there are: configs/ablations/*.py")
-    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    module = python_file(path)
+    if module is None:
         raise ConfigError("study", str(path), "is no Python file; name one of configs/ablations/")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise ConfigError("study", str(path), "defines no STUDY = Study(...); see configs/ablations/experts.py")

@@ -112,3 +112,19 @@ def forward(config: ModelConfig, training: bool, model: Decoder | None = None):
 
     compiled = jax.jit(logits)
     return lambda *arrays: np.asarray(compiled(state, *(jnp.asarray(x) for x in arrays)))
+
+
+def earlier_changes(config: ModelConfig, training: bool) -> int:
+    """How many logits of earlier tokens change in any bit when a later token of the row changes."""
+    logits = forward(config, training)
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    segments, positions = np.ones_like(tokens), np.broadcast_to(np.arange(LENGTH), tokens.shape)
+    before, changed = logits(tokens, segments, positions), 0
+    for place in range(1, LENGTH):
+        other = tokens.copy()
+        other[:, place:] = rng.integers(0, VOCAB, other[:, place:].shape)
+        after = logits(other, segments, positions)
+        changed += int(np.sum(after[:, :place].view(np.int32) != before[:, :place].view(np.int32)))
+        assert np.any(after[:, place:] != before[:, place:])
+    return changed

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from sparse_lm.config import python_file
 from sparse_lm.data.config import DataConfig, GrammarConfig
 from sparse_lm.data.loader import TrainLoader, build_dataset, validation_batches
 from sparse_lm.models.config import ModelConfig
@@ -81,10 +81,8 @@ class Learned:
 @functools.cache
 def variants() -> dict[str, MoEConfig]:
     path = Path(__file__).parents[2] / "configs" / "routers.py"
-    spec = importlib.util.spec_from_file_location("routers_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = python_file(path)
+    assert module is not None
     return module.layers()
 
 

@@ -1,11 +1,10 @@
 """configs/attention_experts.py: what its variants are, and that they cost what their docstring says."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from sparse_lm.config import from_dict
+from sparse_lm.config import from_dict, python_file
 from sparse_lm.experiment import Experiment
 from sparse_lm.models.counts import count
 from sparse_lm.moe.attention.mixture import Mixture
@@ -15,10 +14,8 @@ FILE = Path(__file__).resolve().parents[2] / "configs" / "attention_experts.py"
 
 
 def model_of(variant: str):
-    spec = importlib.util.spec_from_file_location("attention_experts", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = python_file(FILE)
+    assert module is not None
     experiment = from_dict(Experiment, module.get_config(variant))
     assert experiment.mesh_sizes(1)["expert"] == 1
     return experiment.model

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from sparse_lm.config import from_dict
+from sparse_lm.config import from_dict, python_file
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.models.counts import count
 
@@ -15,10 +14,8 @@ FILE = Path(__file__).resolve().parents[2] / "configs" / "moe_plus_plus.py"
 
 
 def variant(name: str) -> Experiment:
-    spec = importlib.util.spec_from_file_location("moe_plus_plus", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = python_file(FILE)
+    assert module is not None
     return resolved(from_dict(Experiment, module.get_config(name)), 264)
 
 

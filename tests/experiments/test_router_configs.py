@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from sparse_lm.batch import Batch
-from sparse_lm.config import from_dict
+from sparse_lm.config import from_dict, python_file
 from sparse_lm.experiment import Experiment
 from sparse_lm.models.counts import count
 from sparse_lm.models.decoder import Decoder
@@ -20,10 +20,9 @@ from sparse_lm.sharding import DEFAULT
 from sparse_lm.train.accumulate import loss_and_gradients
 
 PATH = Path(__file__).parents[2] / "configs" / "routers.py"
-SPEC = importlib.util.spec_from_file_location("routers_config", PATH)
-assert SPEC is not None and SPEC.loader is not None
-MODULE = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(MODULE)
+LOADED = python_file(PATH)
+assert LOADED is not None
+MODULE: ModuleType = LOADED
 VARIANTS = [*MODULE.layers()]
 
 
