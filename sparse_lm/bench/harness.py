@@ -13,13 +13,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
 from sparse_lm.experiment import Experiment
 from sparse_lm.telemetry.format import compact, percent
+from sparse_lm.telemetry.machine import cpu_cores, cpu_model
 from sparse_lm.telemetry.peak import published_peak
 
 
@@ -211,10 +211,9 @@ def system_load() -> float | None:
 def machine(load: float | None) -> Machine:
     """The machine of this process."""
     device = jax.devices()[0]
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that this process may use
     return Machine(
-        cpu=_cpu_model(),
-        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        cpu=cpu_model(),
+        cores=cpu_cores(),
         load=load,
         python=platform.python_version(),
         jax=jax.__version__,
@@ -223,15 +222,6 @@ def machine(load: float | None) -> Machine:
         device_count=jax.device_count(),
         published_peak=published_peak(device.device_kind),
     )
-
-
-def _cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine() or "unknown CPU"
 
 
 def _table(rows: Sequence[dict[str, str]]) -> list[str]:

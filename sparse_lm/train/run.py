@@ -16,6 +16,7 @@ import jax
 from sparse_lm.config import ConfigError, from_dict, to_dict
 from sparse_lm.data.loader import Dataset
 from sparse_lm.experiment import Experiment
+from sparse_lm.telemetry.machine import cpu_cores, cpu_model
 from sparse_lm.telemetry.rundata import CONFIG_NAME
 from sparse_lm.telemetry.sinks import replace_file
 
@@ -36,6 +37,7 @@ RESUMABLE = (
     "checkpoint",
     "mesh",
     "model.remat",
+    "model.loss_chunk",
     "model.scan_layers",
     "model.moe.dispatcher",
 )
@@ -50,13 +52,14 @@ class RunInfo:
 
 
 def describe_run(experiment: Experiment, dataset: Dataset, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json: resolved configuration, versions, commit, device, data, parameters."""
+    """The content of config.json: resolved configuration, versions, commit, devices, host, data, parameters."""
     device = jax.devices()[0]
     return {
         "config": to_dict(experiment),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "git": _commit(),
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "host": {"cpu": cpu_model(), "cores": cpu_cores()},
         "data": {
             "fingerprint": dataset.fingerprint,
             "domains": list(dataset.domains),

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_lm.bench import harness
 from sparse_lm.bench.harness import Comparison, Paired, Report, machine, paired, report, system_load
 
 
@@ -176,12 +175,3 @@ def test_a_busy_machine_is_told():
         assert ("other processes keep the cores busy" in text) == busy
     load = system_load()
     assert load is None or load >= 0
-
-
-def test_the_cpu_is_read_where_it_stands(tmp_path):
-    file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nprocessor\t: 1\nmodel name\t: Other\n")
-    assert harness._cpu_model(file) == "Some CPU @ 2 GHz"
-    assert harness._cpu_model(tmp_path / "absent")
-    file.write_text("processor : 0\n")
-    assert harness._cpu_model(file)

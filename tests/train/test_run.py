@@ -101,6 +101,7 @@ def test_config_json_says_what_was_run_with_what(tmp_path):
     assert info["versions"]["jax"] == jax.__version__
     assert all(info["versions"][name] for name in run.PACKAGES)
     assert info["device"] == {"platform": "cpu", "kind": jax.devices()[0].device_kind, "count": jax.device_count()}
+    assert info["host"]["cpu"] and info["host"]["cores"] >= 1
     assert info["data"]["fingerprint"] == dataset.fingerprint
     assert info["data"]["domains"] == list(dataset.domains)
     assert info["data"]["entropy"] == pytest.approx(dataset.entropy)
