@@ -8,6 +8,7 @@ WORKERS ?= 2
 ARGS ?=
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
+STUDIES ?= runs/studies
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
@@ -15,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev train test test-all lint format bench clean distclean
+.PHONY: help install dev train test test-all lint format results bench clean distclean
 
 test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
@@ -39,6 +40,9 @@ lint: $(VENV)/.installed-dev  ## check style, format and types
 format: $(VENV)/.installed-dev  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(VENV)/.installed  ## run what is missing of all toy studies (hours), write docs/results.md
+	$(BIN)/python experiments/results.py --workdir=$(STUDIES) $(ARGS)
 
 bench: $(VENV)/.installed  ## measure, on this machine
 	$(BIN)/python experiments/bench.py $(ARGS)

@@ -68,13 +68,17 @@ def _study(markup: str) -> str:
     return f'<div class="study">{markup}</div>'
 
 
+def plot_name(heading: str) -> str:
+    """The file of a figure among the plots, by its heading."""
+    return re.sub(r"[^a-z0-9]+", "_", heading.lower()).strip("_") + ".svg"
+
+
 def write_page(results: Results, directory: Path) -> Path:
     """Writes report.html and the plots as files of their own; returns the page's path."""
     plots = directory / PLOTS_NAME
     plots.mkdir(parents=True, exist_ok=True)
     for figure in figures(results):
-        name = re.sub(r"[^a-z0-9]+", "_", figure.heading.lower()).strip("_")
-        replace_file(plots / f"{name}.svg", figure.svg.encode())
+        replace_file(plots / plot_name(figure.heading), figure.svg.encode())
     path = directory / PAGE_NAME
     replace_file(path, render(results).encode())
     return path

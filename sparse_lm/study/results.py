@@ -13,6 +13,7 @@ from sparse_lm.study import stats
 from sparse_lm.study.claims import Compared, Judged, judge
 from sparse_lm.study.measures import MEASURES, Measured, equal_time, measure_run
 from sparse_lm.study.plan import Plan
+from sparse_lm.study.record import Record, record
 from sparse_lm.study.runner import State, failure_of, run_dir, state_of
 from sparse_lm.study.study import BASELINE
 from sparse_lm.telemetry.sinks import plain, replace_file
@@ -25,7 +26,8 @@ COLUMNS = ("max_violation", "dropped", "dead_experts", "steps_per_second")  # be
 class Results:
     """plan, and of its runs: states and failures by name, the finished ones measured, variant -> seed -> `Measured`.
 
-    values: measure -> variant -> seed -> number. judged: the claims. command: what reproduces it.
+    values: measure -> variant -> seed -> number. judged: the claims. record: when and on what the finished ones ran.
+    command: what reproduces it.
     """
 
     plan: Plan
@@ -34,6 +36,7 @@ class Results:
     measured: Mapping[str, Mapping[int, Measured]]
     values: Mapping[str, Mapping[str, Mapping[int, float]]]
     judged: tuple[Judged, ...]
+    record: Record | None
     command: str
 
     @property
@@ -83,7 +86,8 @@ def gather(plan: Plan, directory: Path, command: str = "") -> Results:
                     values.setdefault("loss_at_equal_time", {}).setdefault(variant, {})[seed] = loss
     judged = tuple(judge(claim, values, plan.study.measure) for claim in plan.study.claims)
     failures = {run.name: failure_of(directory, run) for run in plan.runs if states[run.name] == "failed"}
-    return Results(plan, states, failures, measured, values, judged, command)
+    recorded = record(run_dir(directory, run) for run in plan.runs if states[run.name] == "finished")
+    return Results(plan, states, failures, measured, values, judged, recorded, command)
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -106,6 +110,7 @@ def to_json(results: Results) -> dict[str, Any]:
             "failures": dict(results.failures),
             "devices": devices,
             "training_seconds": results.seconds,
+            "record": results.record and dataclasses.asdict(results.record),
             "measure": study.measure,
             "unit": MEASURES[study.measure].unit,
             "paper_unit": study.unit,
@@ -258,9 +263,9 @@ def to_markdown(results: Results) -> str:
         study.question,
         f"Source: {study.source.paper}, arXiv {study.source.arxiv}, {study.source.table}. {counts}"
         + (f", {len(results.failures)} failed." if results.failures else "."),
-        _markdown(*variant_rows(results)),
+        markdown_table(*variant_rows(results)),
         "## Claims",
-        _markdown(*claim_rows(results)),
+        markdown_table(*claim_rows(results)),
         power_sentence(results),
     ]
     parts += (
@@ -273,7 +278,9 @@ def to_markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table as Markdown; bars in cells are escaped."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -19,11 +19,12 @@ from typing import Any, Literal, TextIO
 from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment
 from sparse_lm.study.plan import Plan, Run
+from sparse_lm.study.record import DONE_NAME
 from sparse_lm.telemetry.format import duration
 from sparse_lm.telemetry.sinks import METRICS_NAME, replace_file
 from sparse_lm.train.session import train
 
-RUNS_NAME, DONE_NAME, FAILURE_NAME, LOG_NAME = "runs", "done.json", "failure.json", "train.log"
+RUNS_NAME, FAILURE_NAME, LOG_NAME = "runs", "failure.json", "train.log"
 State = Literal["finished", "failed", "started", "waiting"]
 Train = Callable[[Experiment, Path, TextIO], Any]  # returns what `train.session.train` does, or what looks like it
 
@@ -71,7 +72,12 @@ class Ran:
 
 def study_dir(plan: Plan, workdir: Path) -> Path:
     """Where a study at a scale lies: scales are different experiments, so the larger ones have their own folder."""
-    return workdir / (plan.study.name if plan.scale == "toy" else f"{plan.study.name}-{plan.scale}")
+    return workdir / folder_name(plan.study.name, plan.scale)
+
+
+def folder_name(study: str, scale: str) -> str:
+    """The folder of a study at a scale."""
+    return study if scale == "toy" else f"{study}-{scale}"
 
 
 def run_dir(directory: Path, run: Run) -> Path:

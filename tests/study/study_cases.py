@@ -43,13 +43,18 @@ def plan(seeds: int = 2, **changes: Any) -> Plan:
     return make_plan(study(seeds, **changes), "toy")
 
 
-def pretend(directory: Path, run: Run, loss: float, seconds: float = 10.0, **values: Any) -> None:
+def pretend(
+    directory: Path, run: Run, loss: float, seconds: float = 10.0, ended: str = "2026-01-02T03:04:30", **values: Any
+) -> None:
     """Writes what a finished run leaves behind: ten steps, evaluated at 5 and 10, with this loss at the end."""
     here = run_dir(directory, run)
     here.mkdir(parents=True)
     info = {
         "config": to_dict(run.experiment),
-        "device": {"kind": "abacus"},
+        "device": {"platform": "wood", "kind": "abacus", "count": 1},
+        "host": {"cpu": "Some CPU", "cores": 2},
+        "versions": {"python": "3.11.7", "jax": "0.10.2"},
+        "git": "0123456789abcdef",
         "parameters": {"total": 100, "active": 50, "flops_per_token": 600},
     }
     (here / "config.json").write_text(json.dumps(info))
@@ -62,4 +67,4 @@ def pretend(directory: Path, run: Run, loss: float, seconds: float = 10.0, **val
         if step in (5, 10):
             rows.append({"step": step, "split": "validation", "loss": loss + (10 - step) / 5, "bits_per_byte": None})
     (here / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (here / DONE_NAME).write_text("{}")
+    (here / DONE_NAME).write_text(json.dumps({"key": run.key, "seconds": seconds, "time": ended}))
