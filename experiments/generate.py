@@ -28,29 +28,18 @@ def main() -> None:
     """Loads the newest, the best or the given checkpoint and writes its continuation of the prompt."""
     import jax
 
-    from sparse_lm.config import ConfigError
-    from sparse_lm.data.tokenizers import ByteTokenizer
+    from sparse_lm.generate.complete import complete
     from sparse_lm.generate.sample import Sampling
-    from sparse_lm.generate.stream import generate
-    from sparse_lm.generate.text import TextStream
     from sparse_lm.sharding import make_mesh
     from sparse_lm.train.restore import load_model
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])):
         loaded = load_model(str(WORKDIR.value), STEP.value, BEST.value)
-        try:
-            prompt = loaded.tokenizer.encode(PROMPT.value)
-        except ValueError as error:
-            raise ConfigError("prompt", PROMPT.value, str(error)) from error
-        eos = ByteTokenizer.eos if isinstance(loaded.tokenizer, ByteTokenizer) else None
-        key = jax.random.key(SEED.value)
-        steps = generate(loaded.model, [prompt], sampling, MAX_NEW_TOKENS.value, key, eos)
-        text = TextStream(loaded.tokenizer)
-        print(text.push(prompt), end="", flush=True)
-        for step in steps:
-            print(text.push(step), end="", flush=True)
-        print(text.finish())
+        length, seed = MAX_NEW_TOKENS.value, SEED.value
+        for piece in complete(loaded.model, loaded.tokenizer, PROMPT.value, length, sampling, seed):
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

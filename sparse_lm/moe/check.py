@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def check_router(config: MoEConfig, seed: int = 0) -> RouterChecks:
     by_position = config.grouping == "position"
     length = LENGTH if by_position else max(LENGTH, config.group_size or 0)
     inputs = _inputs(max(4, 2 * rows_together(config, length)), length, seed)
-    layers = {name: _layer(config.replace(dispatcher=name), seed) for name in dispatchers(config)}
+    layers = {name: _layer(_with(config, name), seed) for name in dispatchers(config)}
     first = next(iter(layers))
     checks: list[Check] = []
     for mode, key in (("training", jax.random.key(seed)), ("evaluation", None)):
@@ -103,9 +104,14 @@ def dispatchers(config: MoEConfig) -> tuple[str, ...]:
     return tuple(name for name in DISPATCHERS if _allowed(config, name))
 
 
+def _with(config: MoEConfig, dispatcher: str) -> MoEConfig:
+    changes: dict[str, Any] = {"dispatcher": dispatcher}
+    return config.replace(**changes)
+
+
 def _allowed(config: MoEConfig, dispatcher: str) -> bool:
     try:
-        config.replace(dispatcher=dispatcher)
+        _with(config, dispatcher)
     except ConfigError:  # the configuration stands, so it is the dispatcher that does not fit
         return False
     return True
