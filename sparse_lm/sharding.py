@@ -116,11 +116,12 @@ class Rules:
             lambda leaf, spec: _reshard(leaf, _even(spec, leaf, mesh)), tree, self.parameter_specs(tree)
         )
 
-    def per_device(self, body: Callable, parameters, activations, replicated):
+    def per_device(self, body: Callable, parameters, activations, replicated, checked: bool = True):
         """`body(parameters, activations, replicated)` on every device's own shards: the one `shard_map` of a model.
 
         parameters: a tree named as `parameter_specs` expects, passed as stored. activations: arrays cut along their
-        first axis, as G is; so are the results. replicated: arrays that every device holds whole, or None.
+        first axis, as G is; so are the results. replicated: arrays that every device holds whole, or None. checked:
+        False for kernels that cannot declare which of their results differ between devices.
         Without a mesh it is a plain call.
         """
         if jax.sharding.get_abstract_mesh().empty:
@@ -128,7 +129,8 @@ class Rules:
         first = self.act("G")
         parameters = self.shard_parameters(parameters)
         specs = (self.parameter_specs(parameters), first, PartitionSpec())
-        return jax.shard_map(body, in_specs=specs, out_specs=first)(parameters, activations, replicated)
+        shard_map = jax.shard_map(body, in_specs=specs, out_specs=first, check_vma=checked)
+        return shard_map(parameters, activations, replicated)
 
     def per_group(self, body: Callable, *arrays: jax.Array):
         """`body(*arrays)` on every device's own groups: for sorts and loops along S, which are not typed on cut arrays.
@@ -139,6 +141,16 @@ class Rules:
             return body(*arrays)
         first = self.act("G")
         return jax.shard_map(body, in_specs=first, out_specs=first)(*arrays)
+
+    def per_shard(self, body: Callable, arrays: Sequence[jax.Array], letters: Sequence[str], out: str):
+        """`body(*arrays)` on every device's own shards of activations with these axes; the result has the axes `out`.
+
+        What is not cut along a mesh axis has to come out equal on its devices. Without a mesh it is a plain call.
+        """
+        if not explicit_mesh():
+            return body(*arrays)
+        specs = tuple(self.act(axes) for axes in letters)
+        return jax.shard_map(body, in_specs=specs, out_specs=self.act(out))(*arrays)
 
     def gather_shards(self, tree, axes: tuple[str, ...], dtype=None):
         """For use inside a `shard_map`: parameters all-gathered over the mesh axes `axes`, the other cuts kept.
@@ -163,6 +175,16 @@ def manual_axis_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what the mesh in use consists of, or what a program without a mesh would run on.
+
+    A mesh of devices that are not here, as for compilation ahead of time, counts.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def axis_index(axis: str) -> jax.Array | int:
     """This device's place along a mesh axis inside a `shard_map`; 0 where no mesh is set."""
     return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(axis)
@@ -171,6 +193,11 @@ def axis_index(axis: str) -> jax.Array | int:
 def sum_over(x: jax.Array, axis: str) -> jax.Array:
     """Inside a `shard_map`: the sum of the devices' values along a mesh axis; `x` itself where no mesh is set."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, axis)
+
+
+def max_over(x: jax.Array, axis: str) -> jax.Array:
+    """Inside a `shard_map`: the largest of the devices' values along a mesh axis; `x` itself where no mesh is set."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.pmax(x, axis)
 
 
 def varying(x: jax.Array) -> jax.Array:

@@ -94,6 +94,7 @@ def test_helpers_without_a_mesh():
     assert sharding.manual_axis_size("data") == 1
     assert sharding.axis_index("model") == 0
     assert sharding.sum_over(x, "data") is x
+    assert sharding.max_over(x, "data") is x
     assert sharding.varying(x) is x
     assert DEFAULT.gather_shards({"up_DF": x}, ("fsdp",))["up_DF"] is x
 
@@ -114,3 +115,22 @@ def test_per_group_sorts_groups_where_they_lie(mesh_of, sizes):
         assert jax.typeof(got[0]).sharding.spec[0] == jax.typeof(arrays[0]).sharding.spec[0]
     for one, two in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "model": 4}, {"fsdp": 2, "expert": 2, "model": 2}])
+def test_per_shard_sees_every_axis_cut_and_gives_each_group_its_result(mesh_of, sizes):
+    """The largest of each row of a product with a table that is cut along V."""
+    x_BD, table_VD = normal(0, 8, 6), normal(1, 16, 6)
+    seen = []
+
+    def body(x_BD, table_VD):
+        seen.append((x_BD.shape[0], table_VD.shape[0]))
+        return sharding.max_over(jnp.max(x_BD @ table_VD.T, axis=1), "model")
+
+    expected = DEFAULT.per_shard(body, (x_BD, table_VD), ("BD", "VD"), "B")
+    np.testing.assert_allclose(expected, (np.asarray(x_BD) @ np.asarray(table_VD).T).max(1), rtol=1e-5)
+    with jax.set_mesh(mesh_of(**sizes)):
+        arrays = DEFAULT.constrain(x_BD, "BD"), DEFAULT.constrain(table_VD, "VD")
+        got = jax.jit(lambda *arrays: DEFAULT.per_shard(body, arrays, ("BD", "VD"), "B"))(*arrays)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert seen == [(8, 16), (8 // (8 // sizes["model"]), 16 // sizes["model"])]

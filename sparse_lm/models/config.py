@@ -54,7 +54,9 @@ class ModelConfig(Config):
     norm_position: `pre` normalises the input of a sublayer, `post` the sum after it. dtype: of activations and matrix
     products; parameters, norms, softmax, router and loss are float32. scan_layers: compile one layer and loop over it.
     remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), or `dots` (all but the
-    results of matrix products). moe: None is a dense model. attention: experts in the attention of every layer, see
+    results of matrix products). loss_chunk: tokens of a device whose logits the loss has at once, in training and
+    evaluation; None is all. A number bounds memory where the vocabulary is large, and costs one more product with it in
+    the backward pass. moe: None is a dense model. attention: experts in the attention of every layer, see
     `sparse_lm.moe.attention`; None is one attention for all tokens. depth: None sends every token through every layer.
     """
 
@@ -76,6 +78,7 @@ class ModelConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
+    loss_chunk: int | None = option(None, ge=1)
     moe: MoEConfig | None = None
     attention: AttentionExperts | None = option(None, variants=ATTENTIONS)
     depth: DepthConfig | None = None

@@ -68,12 +68,29 @@ class Decoder(nnx.Module):
         decisions are stacked over the sparse layers, as they are handed out. Raises `ValueError` when they are of
         another number of layers, and in training with layers that tokens may skip.
         """
+        x_BLD, reports = self.hidden(tokens_BL, segments_BL, positions_BL, key, replay)
+        return self.head.decode(x_BLD), reports
+
+    def hidden(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segments_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        key: jax.Array | None = None,
+        replay: Replay | None = None,
+    ) -> tuple[Float[Array, "B L D"], Reports]:
+        """What `head` makes logits of, in the compute dtype; for the rest see the call of the model."""
         self._check(replay, key)
         previous_BL = previous_tokens(tokens_BL, segments_BL)
         mask_BLL = causal_mask(segments_BL, segments_BL)
         context = Context(tokens_BL, positions_BL, mask_BLL, segments_BL > 0, previous_BL=previous_BL, replay=replay)
-        logits_BLV, reports, _ = self._forward(tokens_BL, context, key, None)
-        return logits_BLV, reports
+        x_BLD, reports, _ = self._forward(tokens_BL, context, key, None)
+        return x_BLD, reports
+
+    @property
+    def head(self) -> Embedding:
+        """What makes logits of the activations behind the last layer; the embedding itself where they are tied."""
+        return self.unembedding or self.embedding
 
     def empty_cache(self, batch: int, length: int) -> DecoderCache:
         """Room for `length` tokens of `batch` sequences, in the compute dtype."""
@@ -106,9 +123,9 @@ class Decoder(nnx.Module):
         previous_BT = previous_tokens(tokens_BT, segments_BT)
         previous_BL = jax.lax.dynamic_slice_in_dim(previous_BT, start, tokens_BL.shape[1], axis=1)
         context = Context(tokens_BL, positions_BL, mask_BLT, segments_BL > 0, start, previous_BL)
-        logits_BLV, _, layers = self._forward(tokens_BL, context, None, cache.layers)
+        x_BLD, _, layers = self._forward(tokens_BL, context, None, cache.layers)
         assert layers is not None
-        return logits_BLV, DecoderCache(layers, tokens_BT)
+        return self.head.decode(x_BLD), DecoderCache(layers, tokens_BT)
 
     def _check(self, replay: Replay | None, key: jax.Array | None) -> None:
         if replay is None:
@@ -134,7 +151,7 @@ class Decoder(nnx.Module):
         x_BLD, reports, cache = self.stack(x_BLD, context, stack_key, cache)
         if self.norm is not None:
             x_BLD = self.norm(x_BLD)
-        return (self.unembedding or self.embedding).decode(x_BLD), reports, cache
+        return x_BLD, reports, cache
 
 
 def build_decoder(key: jax.Array, config: ModelConfig, rules: Rules) -> Decoder:

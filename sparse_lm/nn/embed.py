@@ -29,5 +29,8 @@ class Embedding(nnx.Module):
 
     def decode(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits, summed and kept in float32, cut along V under tensor parallelism."""
-        table_VD = self.rules.gather(self.table_VD[...], "VD", x_BLD.dtype)
-        return self.rules.einsum("BLD,VD->BLV", x_BLD, table_VD, dtype=jnp.float32)
+        return self.rules.einsum("BLD,VD->BLV", x_BLD, self.matrix(x_BLD.dtype), dtype=jnp.float32)
+
+    def matrix(self, dtype) -> Float[Array, "V D"]:
+        """The table as `decode` multiplies with it: in `dtype`, whole along D and cut along V."""
+        return self.rules.gather(self.table_VD[...], "VD", dtype)

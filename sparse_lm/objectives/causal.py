@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.batch import Batch
+from sparse_lm.models.decoder import Decoder
 from sparse_lm.models.reports import DepthStats, Reports
 from sparse_lm.moe.balance import router_losses, weighted
 from sparse_lm.moe.config import BalanceConfig, HeterogeneousBalance
 from sparse_lm.moe.types import LayerStats, RouterStats, pytree_dataclass
+from sparse_lm.objectives.chunked_loss import chunked_losses
 
 Apply = Callable[..., tuple[jax.Array, Reports]]
 
@@ -94,15 +96,15 @@ def causal_loss(
 ) -> tuple[Scalar, LossParts]:
     """This microbatch's share of the loss of the batch, and its parts.
 
-    apply: (tokens, segments, positions, key) -> (logits, reports). balance: None in a dense model. attention_balance:
-    None where attention has no experts.
+    apply: (tokens, segments, positions, key) -> (logits, reports); of a `Decoder` with `loss_chunk`, the loss is made
+    without its logits. balance: None in a dense model. attention_balance: None where attention has no experts.
     The loss is cross-entropy + sum over sparse layers of (each loss of `moe.balance.router_losses` with its
     weight in `balance` + the router's own penalty) + depth_weight * sum over wrapped layers of the predictor's
     cross-entropy per token; attention experts add theirs with the weights of attention_balance.
     """
-    logits_BLV, reports = apply(batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1], key)
+    nats_BL, reports = _nats(apply, batch, key)
     weight_BL = predicted(batch).astype(jnp.float32)
-    nats_BL = token_losses(logits_BLV, batch.tokens_BL[:, 1:]) * weight_BL
+    nats_BL = nats_BL * weight_BL
     in_domain = batch.domains_BL[:, 1:, None] == jnp.arange(num_domains)
     loss = jnp.sum(nats_BL) / jnp.maximum(totals.targets, 1)
     balance_N = z_N = jnp.zeros((0,), jnp.float32)
@@ -128,6 +130,18 @@ def causal_loss(
         attention=attention,
     )
     return total, parts
+
+
+def _nats(apply: Apply, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, "B L"], Reports]:
+    """The loss of every token, whether it counts or not, and the reports."""
+    inputs = (batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1])
+    labels_BL = batch.tokens_BL[:, 1:]
+    if isinstance(apply, Decoder) and apply.config.loss_chunk is not None:
+        x_BLD, reports = apply.hidden(*inputs, key)
+        table_VD = apply.head.matrix(x_BLD.dtype)
+        return chunked_losses(x_BLD, table_VD, labels_BL, apply.config.loss_chunk, apply.rules), reports
+    logits_BLV, reports = apply(*inputs, key)
+    return token_losses(logits_BLV, labels_BL), reports
 
 
 def _routing_losses(

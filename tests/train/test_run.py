@@ -36,6 +36,7 @@ ALLOWED = {
     "mesh__data": 2,
     "model__remat": "full",
     "model__scan_layers": False,
+    "model__loss_chunk": 16,
     "model__moe__dispatcher": "all_to_all",
 }
 REFUSED = {
