@@ -11,6 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url="https://github.com/sparse-lm/sparse_lm",
     python_requires=">=3.11",
     packages=find_packages(include=["sparse_lm", "sparse_lm.*"]),
     package_data={"sparse_lm": ["py.typed"]},
@@ -30,10 +31,14 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
+        "cuda12": ["jax[cuda12]"],  # for drivers before 580
         "tpu": ["jax[tpu]"],
         "dev": [
             "beartype>=0.18",
             "hypothesis>=6.100",
+            "ipykernel>=6.29",
+            "jupytext>=1.16",
+            "nbclient>=0.10",
             "pre-commit>=3.7",
             "pyright>=1.1.390",
             "pytest>=8.2",
