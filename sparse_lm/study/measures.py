@@ -68,6 +68,11 @@ class Measured:
     flops_per_token: float | None
     device: str
 
+    def evaluated_only(self) -> Measured:
+        """Without what a training took, which another variant's row says; its loss while it trained is that one's."""
+        values = {name: value for name, value in self.values.items() if name not in ("seconds", "steps_per_second")}
+        return dataclasses.replace(self, values=values)
+
 
 def measure_run(run_dir: Path) -> Measured:
     """Reads a run. Raises `FileNotFoundError` and `ValueError` as `load_run` does."""

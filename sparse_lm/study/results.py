@@ -72,7 +72,8 @@ def gather(plan: Plan, directory: Path, command: str = "") -> Results:
     measured: dict[str, dict[int, Measured]] = {name: {} for name in plan.variants}
     for run in plan.runs:
         if states[run.name] == "finished":
-            measured[run.variant][run.seed] = measure_run(run_dir(directory, run))
+            found = measure_run(run_dir(directory, run))
+            measured[run.variant][run.seed] = found if run.training is None else found.evaluated_only()
     values: dict[str, dict[str, dict[int, float]]] = {}
     for variant, seeds in measured.items():
         for seed, one in seeds.items():
@@ -145,6 +146,7 @@ def _variant_json(results: Results, name: str) -> dict[str, Any]:
         "n": main.n if main else 0,
         "paper": paper_number(results, name),
         "changes": {key: _shown(value) for key, value in changes.items()},
+        "evaluates": None if name == BASELINE else study.variants[name].evaluates,
         **dataclasses.asdict(cost),
         "recorded": None
         if recorded is None

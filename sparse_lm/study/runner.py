@@ -2,6 +2,7 @@
 
 DIR/<study>/runs/<variant>-s<seed>-<config hash>/ holds what training writes there, and beside it train.log, done.json
 once it has finished, and failure.json once it has failed. Whatever ends in between is resumed from its last checkpoint.
+A run that only evaluates another one's training has the same files, but for checkpoints.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from typing import Any, Literal, TextIO
 
 from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment
+from sparse_lm.study.evaluation import evaluate_run
 from sparse_lm.study.plan import Plan, Run
 from sparse_lm.study.record import DONE_NAME
 from sparse_lm.telemetry.format import duration
 from sparse_lm.telemetry.sinks import METRICS_NAME, replace_file
+from sparse_lm.train.loop import TrainingError
 from sparse_lm.train.session import train
 
 RUNS_NAME, FAILURE_NAME, LOG_NAME = "runs", "failure.json", "train.log"
 State = Literal["finished", "failed", "started", "waiting"]
 Train = Callable[[Experiment, Path, TextIO], Any]  # returns what `train.session.train` does, or what looks like it
+Evaluate = Callable[[Run, Path, Path, TextIO], float]  # see `evaluation.evaluate_run`
 
 
 class Interrupted(BaseException):
@@ -35,7 +39,7 @@ class Interrupted(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Every `count`-th run, from `index` on."""
+    """Every `count`-th job of a plan, from `index` on."""
 
     index: int = 0
     count: int = 1
@@ -56,9 +60,9 @@ class Shard:
         """The shards that together do what this one does."""
         return [Shard(self.index + self.count * part, self.count * parts) for part in range(parts)]
 
-    def of(self, runs: tuple[Run, ...]) -> tuple[Run, ...]:
-        """This shard's runs."""
-        return runs[self.index :: self.count]
+    def of(self, jobs: tuple[tuple[Run, ...], ...]) -> tuple[Run, ...]:
+        """The runs of this shard's jobs, in the order in which they have to be done."""
+        return tuple(run for job in jobs[self.index :: self.count] for run in job)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +107,13 @@ def failure_of(directory: Path, run: Run) -> str:
 
 def listing(plan: Plan, directory: Path, shard: Shard) -> list[str]:
     """A line for each run of the shard: its state, name and cost."""
-    return [
-        f"{state_of(directory, run):8} {run.name}  {run.experiment.train.steps} steps, "
-        f"{plan.costs[run.variant].parameters:,} parameters, {plan.costs[run.variant].flops_per_token:,} FLOPs/token"
-        for run in shard.of(plan.runs)
-    ]
+    lines = []
+    for run in shard.of(plan.jobs):
+        cost = plan.costs[run.variant]
+        words = f"{cost.steps} steps, {cost.parameters:,} parameters, {cost.flops_per_token:,} FLOPs/token"
+        words = f"evaluates {run.training.name}" if run.training else words
+        lines.append(f"{state_of(directory, run):8} {run.name}  {words}")
+    return lines
 
 
 def run_study(
@@ -118,44 +124,73 @@ def run_study(
     retry: bool = False,
     after: Callable[[], object] = lambda: None,
     train: Train = train,
+    evaluate: Evaluate = evaluate_run,
 ) -> Ran:
     """Runs what of the shard is not finished, and with `retry` what had failed; calls `after` whenever one ends.
 
     A run that fails is recorded and the others go on. SIGTERM or Ctrl-C save the running one and end the call.
     """
-    mine = shard.of(plan.runs)
-    states = {run: state_of(directory, run) for run in mine}
-    todo = [run for run in mine if states[run] in ("waiting", "started") or (retry and states[run] == "failed")]
-    failed = [run.name for run in mine if states[run] == "failed" and run not in todo]
-    skipped = sum(state == "finished" for state in states.values())
-    stream.write(f"{len(mine)} runs: {skipped} finished before, {len(failed)} failed before, {len(todo)} to do\n")
-    for name in failed:
-        stream.write(f"  failed before: {name} (--retry tries it again)\n")
-    finished: list[str] = []
-    start = time.monotonic()
+    tally = Tally(stream, after)
     try:
         with _interruptible():
-            for i, run in enumerate(todo):
-                stopped, words = _one(run, run_dir(directory, run), train)
+            for run in tally.begin(plan, directory, shard, retry):
+                stopped, words = run_one(run, directory, train, evaluate)
                 if stopped:
-                    return _stopped(stream, finished, failed)
-                (failed if words.startswith("failed") else finished).append(run.name)
-                rest = (time.monotonic() - start) / (i + 1) * (len(todo) - i - 1)
-                stream.write(f"[{i + 1}/{len(todo)}] {run.name}: {words}; {duration(rest)} to go\n")
-                stream.flush()
-                after()
+                    return tally.end(stopped=True)
+                tally.ended(run, words)
     except Interrupted:
-        return _stopped(stream, finished, failed)
-    return Ran(tuple(finished), tuple(failed), False)
+        return tally.end(stopped=True)
+    return tally.end(stopped=False)
 
 
-def _stopped(stream: TextIO, finished: list[str], failed: list[str]) -> Ran:
-    stream.write("stopped by a signal; the same command goes on from there\n")
-    return Ran(tuple(finished), tuple(failed), True)
+class Tally:
+    """What a call has to do and has done, told on a stream; calls `after` whenever a run has ended."""
+
+    def __init__(self, stream: TextIO, after: Callable[[], object]):
+        self.stream, self.after = stream, after
+        self.todo: list[Run] = []
+        self.finished: list[str] = []
+        self.failed: list[str] = []
+        self.done, self.start = 0, time.monotonic()
+
+    def begin(self, plan: Plan, directory: Path, shard: Shard, retry: bool) -> list[Run]:
+        """What of the shard is to do, in order: what is not finished, and with `retry` what had failed."""
+        mine = shard.of(plan.jobs)
+        states = [state_of(directory, run) for run in mine]
+        wanted = ("waiting", "started", "failed") if retry else ("waiting", "started")
+        self.todo = [run for run, state in zip(mine, states, strict=True) if state in wanted]
+        if not retry:
+            self.failed = [run.name for run, state in zip(mine, states, strict=True) if state == "failed"]
+        self.stream.write(
+            f"{len(mine)} runs: {states.count('finished')} finished before, {len(self.failed)} failed before, "
+            f"{len(self.todo)} to do\n"
+        )
+        for name in self.failed:
+            self.stream.write(f"  failed before: {name} (--retry tries it again)\n")
+        return self.todo
+
+    def ended(self, run: Run, words: str) -> None:
+        """One has finished or failed."""
+        (self.failed if words.startswith("failed") else self.finished).append(run.name)
+        self.done += 1
+        rest = (time.monotonic() - self.start) / self.done * (len(self.todo) - self.done)
+        self.stream.write(f"[{self.done}/{len(self.todo)}] {run.name}: {words}; {duration(rest)} to go\n")
+        self.stream.flush()
+        self.after()
+
+    def end(self, stopped: bool) -> Ran:
+        """Nothing more is done."""
+        if stopped:
+            self.stream.write("stopped by a signal; the same command goes on from there\n")
+        return Ran(tuple(self.finished), tuple(self.failed), stopped)
 
 
-def _one(run: Run, here: Path, train: Train) -> tuple[bool, str]:
-    """Trains one run; whether it was stopped by a signal, and what became of it in words."""
+def run_one(run: Run, directory: Path, train: Train = train, evaluate: Evaluate = evaluate_run) -> tuple[bool, str]:
+    """Trains or evaluates one run; whether it was stopped by a signal, and what became of it in words.
+
+    Raises `ConfigError` when its directory cannot be written. Whatever else goes wrong is recorded there.
+    """
+    here = run_dir(directory, run)
     try:
         here.mkdir(parents=True, exist_ok=True)
         (here / FAILURE_NAME).unlink(missing_ok=True)
@@ -164,20 +199,31 @@ def _one(run: Run, here: Path, train: Train) -> tuple[bool, str]:
     start = time.monotonic()
     with (here / LOG_NAME).open("a", encoding="utf-8") as log:
         try:
-            session = train(run.experiment, here, log)
+            stopped, loss = _do(run, directory, log, train, evaluate)
         except Exception as error:  # whatever it is, the other runs go on and the table says what is missing
             lines = str(error).strip().splitlines()
             words = f"{type(error).__name__}: {lines[0] if lines else ''}"
             log.write(traceback.format_exc())
             _record(here / FAILURE_NAME, {"error": words, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
             return False, f"failed, {words} (see {here / LOG_NAME})"
-    if session.outcome.stopped:
+    if stopped:
         return True, "stopped"
     seconds = time.monotonic() - start
     _record(here / DONE_NAME, {"key": run.key, "seconds": seconds, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    loss = session.outcome.last.get("validation", {}).get("loss")
     shown = "finished before" if loss is None else f"validation loss {loss:.4f}"
     return False, f"{shown}, {duration(seconds)}"
+
+
+def _do(run: Run, directory: Path, log: TextIO, train: Train, evaluate: Evaluate) -> tuple[bool, float | None]:
+    """Whether it was stopped, and the validation loss."""
+    here = run_dir(directory, run)
+    if run.training is None:
+        outcome = train(run.experiment, here, log).outcome
+        return outcome.stopped, outcome.last.get("validation", {}).get("loss")
+    state = state_of(directory, run.training)
+    if state != "finished":
+        raise TrainingError(f"its training {run.training.name} is {state}; it is evaluated once that has finished")
+    return False, evaluate(run, run_dir(directory, run.training), here, log)
 
 
 def _record(path: Path, content: dict[str, object]) -> None:

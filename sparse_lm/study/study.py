@@ -44,11 +44,15 @@ class Variant:
     changes: of the base experiment, see `Config.replace`; a function gets the base experiment and returns the value,
         for what depends on the scale. paper: the paper's number for it, in the study's `unit`.
     matched: its FLOPs per token must be the baseline's; False where what is compared is not at equal FLOPs.
+    evaluates: another variant, whose training this one shares: the changes are of that variant's experiment, and all
+        that is done is to evaluate its last checkpoint with them. They may concern the model, not its parameters, and
+        how much is evaluated. Costs, and whether they are matched, are that variant's.
     """
 
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     paper: float | None = None
     matched: bool = True
+    evaluates: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Study:
         for key, name in spoken:
             if name not in known:
                 raise ConfigError(key, name, f"is no variant; {closest(name, known)}")
+        self._check_evaluations()
         names = [claim.name for claim in self.claims]
         for name in names:
             if names.count(name) > 1:
@@ -98,6 +103,40 @@ class Study:
         if not 0 < self.flop_tolerance < 1:
             raise ConfigError("study.flop_tolerance", self.flop_tolerance, "is a share: choose it between 0 and 1")
         object.__setattr__(self, "variants", MappingProxyType(dict(self.variants)))
+
+    def smaller(self, *variants: str, **changes: Any) -> Study:
+        """The study of these variants alone, for a first look: claims that speak of others are left out.
+
+        changes: of the base experiment at every scale, see `Config.replace`. Raises `ConfigError` on an unknown name.
+        """
+        for name in variants:
+            if name not in self.variants:
+                raise ConfigError("study.variants", name, f"is no variant; {closest(name, self.variants)}")
+        known = {BASELINE, *variants}
+        groups = (tuple(name for name in group if name in known) for group in self.same_parameters)
+        return dataclasses.replace(
+            self,
+            variants={name: variant for name, variant in self.variants.items() if name in known},
+            claims=tuple(claim for claim in self.claims if known.issuperset(claim.variants())),
+            scales={
+                name: dataclasses.replace(scale, base=scale.base.replace(**changes))
+                for name, scale in self.scales.items()
+            },
+            same_parameters=tuple(group for group in groups if len(group) > 1),
+        )
+
+    def _check_evaluations(self) -> None:
+        trained = [BASELINE, *(name for name, one in self.variants.items() if one.evaluates is None)]
+        for name, one in self.variants.items():
+            key = f"study.{self.name}.{name}.evaluates"
+            if one.evaluates is not None and one.evaluates not in trained:
+                raise ConfigError(
+                    key, one.evaluates, f"is no variant that is trained; {closest(one.evaluates, trained)}"
+                )
+            if one.evaluates is not None and self.budget == "time":
+                raise ConfigError(
+                    key, one.evaluates, "has no loss at an earlier time, which budget=time reads; train it"
+                )
 
     @property
     def measure(self) -> str:

@@ -11,6 +11,7 @@ from sparse_lm.config import ConfigError
 from sparse_lm.data.config import DataConfig
 from sparse_lm.data.tokenizers import ByteTokenizer, FactTokenizer, SymbolTokenizer, Tokenizer
 from sparse_lm.experiment import Experiment
+from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.sharding import DEFAULT, Rules
 from sparse_lm.telemetry.rundata import CONFIG_NAME
@@ -30,11 +31,18 @@ class Loaded(NamedTuple):
     step: int
 
 
-def load_model(workdir: str | Path, step: int | None = None, best: bool = False, rules: Rules = DEFAULT) -> Loaded:
+def load_model(
+    workdir: str | Path,
+    step: int | None = None,
+    best: bool = False,
+    rules: Rules = DEFAULT,
+    model: ModelConfig | None = None,
+) -> Loaded:
     """The model of a run, laid out by `rules` on the mesh that is set, or on the first device; whatever mesh it had.
 
-    step: None is the newest checkpoint, or with `best` the one of the lowest validation loss. The directory is only
-    read, so that its training may go on meanwhile; the data are not needed.
+    step: None is the newest checkpoint, or with `best` the one of the lowest validation loss. model: its configuration,
+    with the same parameters, instead of the one it was trained with. The directory is only read, so that its training
+    may go on meanwhile; the data are not needed.
 
     Raises `ConfigError` when the directory holds no run, or the arguments contradict each other, and `CheckpointError`
     when there is no such step or it is damaged.
@@ -45,7 +53,7 @@ def load_model(workdir: str | Path, step: int | None = None, best: bool = False,
     info = read_info(workdir)
     if info is None:
         raise ConfigError("workdir", str(workdir), f"holds no run: there is no {CONFIG_NAME} in it; check the path")
-    experiment = info.experiment
+    experiment = info.experiment if model is None else info.experiment.replace(model=model)
     with Checkpoints(workdir / CHECKPOINTS_NAME, experiment.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.best_step() if best else step
         if best and step is None:

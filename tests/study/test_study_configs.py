@@ -29,6 +29,19 @@ def layers(name: str) -> dict:
     return {variant: model.moe for variant, model in models(name).items() if model.moe is not None}
 
 
+def test_capacity_trains_once_what_differs_in_evaluation_alone():
+    runs = {run.variant: run for run in planned("capacity").runs}
+    assert {name: run.training.variant for name, run in runs.items() if run.training} == {
+        "k1_0.75_2": "k1_0.75_0.75",
+        "k1_1_2": "k1_1_1",
+    }
+    found = {name: (moe.capacity_factor, moe.capacity_factor_eval) for name, moe in layers("capacity").items()}
+    # As the names say; for two experts in the paper's convention, twice ours.
+    for name, factors in found.items():
+        k, *told = name[1:].split("_")
+        assert tuple(int(k) * factor for factor in factors) == tuple(map(float, told)), name
+
+
 def changed(name: str) -> set[str]:
     """The dotted keys that a study's variants change."""
     study = load_study(FOLDER / f"{name}.py")

@@ -40,7 +40,7 @@ def test_every_study_is_short_and_tells_source_command_and_cost(file):
     assert len(words.splitlines()) <= 60
     head = words.split('"""')[1]
     assert "Source:" in head and "Cost: toy " in head and f"--study=configs/ablations/{file.name}" in head
-    runs = len(make_plan(load_study(file), "toy").runs)
+    runs = len(make_plan(load_study(file), "toy").jobs)
     assert f"toy {runs} runs" in head
 
 
@@ -125,6 +125,49 @@ def test_a_variant_that_does_not_resolve_is_named(variants, words):
     with pytest.raises(ConfigError, match=r"study\.tiny\.two") as caught:
         study_cases.plan(variants={"four": Variant(), "two": Variant(variants)})
     assert words in str(caught.value)
+
+
+AGAIN = {
+    "four": Variant(),
+    "roomy": Variant({"model__moe__capacity_factor_eval": 4.0}, paper=1.0, evaluates="four"),
+    "two": Variant({"model__moe__num_experts": 2}),
+}
+
+
+def test_an_evaluation_shares_training_seed_and_costs_and_has_a_key_of_its_own():
+    plan = study_cases.plan(2, variants=AGAIN)
+    assert [(run.variant, run.seed) for run in plan.runs[:4]] == [("dense", 0), ("four", 0), ("two", 0), ("roomy", 0)]
+    dense, four, two, roomy = plan.runs[:4]
+    assert roomy.training is four and four.training is two.training is dense.training is None
+    moe = roomy.experiment.model.moe
+    assert moe is not None and moe.capacity_factor_eval == 4.0
+    assert roomy.experiment.replace(model=four.experiment.model) == four.experiment
+    assert plan.costs["roomy"] is plan.costs["four"]
+    # Another key than of a training with this configuration, and another one when what is evaluated changes.
+    assert roomy.key not in (four.key, config_key(roomy.experiment))
+    assert [[run.variant for run in job] for job in plan.jobs] == [["dense"], ["four", "roomy"], ["two"]] * 2
+    assert four.key == study_cases.plan(1).runs[1].key, "a training is the same with and without further evaluations"
+    other = study_cases.plan(2, variants=AGAIN | {"four": Variant({"model__moe__capacity_factor": 3.0})})
+    assert other.runs[3].key != roomy.key
+
+
+def test_the_baseline_may_be_evaluated_again():
+    again = Variant({"train__eval_batches": 2}, evaluates="dense")
+    plan = study_cases.plan(1, variants={"longer": again}, claims=())
+    assert plan.runs[1].training is plan.runs[0] and plan.runs[1].experiment.model.moe is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim__learning_rate": 0.5}, r"roomy='optim'.*matter of training"),
+        ({"train__batch_size": 16}, r"roomy='train'.*matter of training"),
+        ({"model__moe__num_experts": 2}, r"parameters.*were trained as"),
+    ],
+)
+def test_what_needs_another_training_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        study_cases.plan(variants={"four": Variant(), "roomy": Variant(changes, evaluates="four")}, claims=())
 
 
 def test_scale_and_seeds_are_checked():

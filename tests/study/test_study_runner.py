@@ -38,6 +38,11 @@ class FakeTrain:
         return SimpleNamespace(outcome=SimpleNamespace(stopped=name in self.stops, last=last))
 
 
+AGAIN = {
+    "tight": Variant({"model__moe__capacity_factor": 1.0, "model__moe__capacity_factor_eval": 0.5}),
+    "same": Variant(evaluates="tight"),
+    "roomy": Variant({"model__moe__capacity_factor_eval": 2.0}, evaluates="tight"),
+}
 ALL = ["dense-s0", "four-s0", "two-s0", "dense-s1", "four-s1", "two-s1"]
 
 
@@ -105,12 +110,16 @@ def test_a_signal_outside_of_the_training_loop_is_no_failure(tmp_path, number):
 
 
 def test_shards_cover_everything_once():
-    runs = study_cases.plan().runs
+    plan = study_cases.plan(variants=AGAIN, claims=())
+    runs, jobs = plan.runs, plan.jobs
     for count in (1, 2, 3, 6, 8):
-        parts = [Shard(i, count).of(runs) for i in range(count)]
+        parts = [Shard(i, count).of(jobs) for i in range(count)]
         assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in runs)
-    split = [run for part in Shard(1, 2).split(2) for run in part.of(runs)]
-    assert sorted(run.name for run in split) == sorted(run.name for run in Shard(1, 2).of(runs))
+        for part in parts:
+            for i, run in enumerate(part):
+                assert run.training is None or run.training in part[:i], "evaluated before, or elsewhere than, trained"
+    split = [run for part in Shard(1, 2).split(2) for run in part.of(jobs)]
+    assert sorted(run.name for run in split) == sorted(run.name for run in Shard(1, 2).of(jobs))
     assert Shard.parse("1/3") == Shard(1, 3)
 
 
@@ -124,6 +133,25 @@ def test_a_shard_runs_its_own_only(tmp_path):
     fake = FakeTrain()
     run_study(study_cases.plan(), tmp_path, io.StringIO(), Shard(1, 4), train=fake)
     assert fake.ran == ["four-s0", "two-s1"]
+
+
+def test_an_evaluation_goes_after_its_training_and_fails_with_it(tmp_path):
+    plan, evaluated, out = study_cases.plan(1, variants=AGAIN, claims=()), [], io.StringIO()
+
+    def evaluate(run, trained, here, stream):
+        evaluated.append((run.variant, trained.name, here.name))
+        return 0.5
+
+    ran = run_study(plan, tmp_path, out, train=FakeTrain(fails=["tight-s0"]), evaluate=evaluate)
+    names = {run.variant: run.name for run in plan.runs}
+    assert ran.finished == (names["dense"],) and ran.failed == (names["tight"], names["same"], names["roomy"])
+    assert evaluated == [] and f"its training {names['tight']} is failed" in failure_of(tmp_path, plan.runs[3])
+    fake = FakeTrain()
+    ran = run_study(plan, tmp_path, out, retry=True, train=fake, evaluate=evaluate)
+    assert fake.ran == ["tight-s0"] and ran.failed == ()
+    assert evaluated == [(name, names["tight"], names[name]) for name in ("same", "roomy")]
+    assert "validation loss 0.5000" in out.getvalue()
+    assert f"waiting  {names['roomy']}  evaluates {names['tight']}" in listing(plan, tmp_path / "new", Shard())
 
 
 def test_listing(tmp_path):

@@ -7,6 +7,7 @@ import study_cases
 
 from sparse_lm.config import ConfigError
 from sparse_lm.study.claims import Less
+from sparse_lm.study.plan import make_plan
 from sparse_lm.study.study import Study, Variant, load_study
 
 
@@ -21,6 +22,9 @@ from sparse_lm.study.study import Study, Variant, load_study
         ({"same_parameters": (("four", "six"),)}, "is no variant"),
         ({"scales": {}}, "toy, small, paper"),
         ({"flop_tolerance": 0.0}, "between 0 and 1"),
+        ({"variants": {"a": Variant(evaluates="b"), "b": Variant(evaluates="dense")}, "claims": ()}, "that is trained"),
+        ({"variants": {"a": Variant(evaluates="a")}, "claims": ()}, r"tiny\.a\.evaluates='a'"),
+        ({"variants": {"a": Variant(evaluates="dense")}, "claims": (), "budget": "time"}, "at an earlier time"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes, words):
@@ -63,3 +67,35 @@ def test_a_file_without_one(tmp_path, name, content, words):
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=words):
         load_study(tmp_path / name)
+
+
+def test_a_smaller_study_has_the_claims_that_speak_of_it_alone():
+    whole = study_cases.study(
+        same_parameters=(("four", "two"),),
+        claims=(*study_cases.study().claims, Less("two", "dense", name="x", statement="")),
+    )
+    small = whole.smaller("two", train__steps=3)
+    assert list(small.variants) == ["two"] and [claim.name for claim in small.claims] == ["x"]
+    assert small.same_parameters == () and small.name == whole.name
+    assert {scale.base.train.steps for scale in small.scales.values()} == {3}
+    assert {scale.base.train.steps for scale in whole.scales.values()} == {4}
+    assert [(run.variant, run.seed) for run in make_plan(small, "toy").runs] == [
+        (name, seed) for seed in (0, 1) for name in ("dense", "two")
+    ]
+
+
+def test_a_smaller_study_of_all_is_the_study():
+    whole = study_cases.study()
+    same = whole.smaller("four", "two")
+    assert same.claims == whole.claims and dict(same.variants) == dict(whole.variants)
+    assert make_plan(same, "toy").runs == make_plan(whole, "toy").runs
+
+
+@pytest.mark.parametrize(("names", "changes", "words"), [
+    (("fore",), {}, "did you mean 'four'"),
+    (("dense",), {}, "is no variant"),
+    (("four",), {"train__steps": 0}, "steps"),
+])  # fmt: skip
+def test_a_smaller_study_of_what_there_is_not_is_refused(names, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        study_cases.study().smaller(*names, **changes)
