@@ -1,0 +1,49 @@
+"""Attention as it is written in papers, with a matrix of all queries and keys: the oracle of the other forms."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparse_lm.nn.attend.sight import Sight
+from sparse_lm.nn.dropout import dropout
+from sparse_lm.sharding import Rules
+
+
+def reference(
+    operands: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+    sight: Sight,
+    scoring: tuple[float, float | None],
+    rules: Rules,
+    rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B L H W"]:
+    """See `attend`. operands: queries, keys, values, sinks. scoring: scale, soft cap. rate: of dropout of weights."""
+    query_BLHI, key_BTJI, value_BTJW, sinks_H = operands
+    scale, cap = scoring
+    batch, length, num_heads, width = query_BLHI.shape
+    num_kv_heads = key_BTJI.shape[2]
+    # The layout is named, since jax cannot know which of the two axes of H the cut goes to: a single key/value head
+    # is the one of all devices.
+    letters = ("BLJ.I", "J.", "BLHI") if num_kv_heads > 1 or num_heads == 1 else ("BL.HI", ".H", "BLHI")
+    shape = (num_kv_heads, num_heads // num_kv_heads)
+    query = rules.reshape(query_BLHI, (batch, length, *shape, width), letters[0])
+    sums = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("BLJRI,BTJI->BJRLT", query, key_BTJI, preferred_element_type=sums) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    mask = sight.mask()[:, None, None]
+    # A finite floor instead of -inf: the rows of padding, which may look nowhere, stay free of NaN.
+    scores = jnp.where(mask, scores, jnp.finfo(sums).min)
+    if sinks_H is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = rules.reshape(sinks_H.astype(sums), shape, letters[1])[None, :, :, None, None]
+        highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+        weights = jnp.exp(scores - highest)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - highest))
+    weights = jnp.where(mask, weights, 0)
+    weights = dropout(weights, rate, dropout_key).astype(value_BTJW.dtype)
+    mixed = jnp.einsum("BJRLT,BTJW->BLJRW", weights, value_BTJW)
+    return rules.reshape(mixed, (batch, length, num_heads, value_BTJW.shape[-1]), letters[2])
