@@ -6,6 +6,8 @@ import dataclasses
 from typing import Literal
 
 from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.grouped import Grouped
 from sparse_lm.moe.routers import ROUTERS, RouterConfig, RouterShape
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.shared import SharedGate
@@ -76,7 +78,7 @@ class MoEConfig(Config):
         under `first_choice` a later token's first choice takes the slot of an earlier token's second choice (but not
         with `prototype`, whose choices never share an expert), and under `probability`, `batch` and `random` any later
         token may push out an earlier one.
-    dispatcher: see `moe.dispatch`.
+    dispatcher: see `moe.dispatch`. grouped: what computes the experts of those without a capacity, see `moe.grouped`.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
     """
@@ -100,7 +102,8 @@ class MoEConfig(Config):
     capacity_factor: float | None = option(1.25, gt=0)
     capacity_factor_eval: float | None = option(2.0, gt=0)
     priority: Priority = "token"
-    dispatcher: Literal["dense", "einsum", "gather", "dropless", "all_to_all"] = "gather"
+    dispatcher: Literal["dense", "einsum", "gather", "dropless", "all_to_all", "ragged_all_to_all"] = "gather"
+    grouped: Grouped = "auto"
     balance: BalanceConfig = BalanceConfig()
     expert_dropout: float = option(0.0, ge=0, lt=1)
     init_scale: float = option(1.0, gt=0)
@@ -140,10 +143,21 @@ class MoEConfig(Config):
                 self.dispatcher,
                 f"cannot carry the decisions of router.kind={kind}; use {' or '.join(able)}",
             )
+        has_capacity = DISPATCHERS[self.dispatcher].has_capacity
+        if has_capacity and self.grouped != "auto":
+            raise ConfigError(
+                "grouped",
+                self.grouped,
+                f"dispatcher={self.dispatcher} has no grouped products; use auto, or dispatcher=dropless",
+            )
         for name in ("capacity_factor", "capacity_factor_eval"):
             factor = getattr(self, name)
-            if self.dispatcher == "dropless" and factor is not None:
-                raise ConfigError(name, factor, "dispatcher=dropless has no capacity; use None, or dispatcher=gather")
+            if not has_capacity and factor is not None:
+                raise ConfigError(
+                    name,
+                    factor,
+                    f"dispatcher={self.dispatcher} has no capacity; use None, or one that has, such as gather",
+                )
             if self.router.needs_slots and getattr(self, name) is None:
                 raise ConfigError(name, None, f"every expert of router.kind={kind} would take all tokens; set a number")
         if self.router.fixed_slots and self.capacity_factor_eval != self.capacity_factor:

@@ -13,12 +13,14 @@ from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.free import FreeExperts, combine
+from sparse_lm.moe.grouped import kernel_of
 from sparse_lm.moe.shared import SharedExperts
 from sparse_lm.moe.slots import SlotRule, capacity
 from sparse_lm.moe.stats import dispatch_stats, router_stats
 from sparse_lm.moe.types import Decision, LayerStats, Replay, RouterInputs, Soft, TokenChoice
 from sparse_lm.nn.dropout import split_keys
-from sparse_lm.sharding import Rules
+from sparse_lm.nn.remat import named
+from sparse_lm.sharding import Rules, platform
 
 
 class MoE(nnx.Module):
@@ -27,6 +29,7 @@ class MoE(nnx.Module):
     def __init__(self, key: jax.Array, d_model: int, d_expert: int, kind: str, config: MoEConfig, rules: Rules):
         router, experts, shared = jax.random.split(key, 3)
         self.config, self.rules = config, rules
+        kernel_of(config.grouped, platform())  # what cannot run is refused here, before anything is computed
         self.router = config.router.build(router, config.router_shape(d_model), rules)
         sizes = (config.num_experts, d_model, d_expert)
         self.experts = Experts(experts, sizes, kind, config.init_scale, config.expert_dropout, config.expert_bias)
@@ -71,7 +74,7 @@ class MoE(nnx.Module):
         previous_GS = None if previous_BL is None else self._grouped(previous_BL, size)
         carried_GSE = None if carried_BLE is None else self._grouped(carried_BLE, size)
         inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity, previous_GS, carried_GSE)
-        decision, scores = self.router(inputs, router_key)
+        decision, scores = named(self.router(inputs, router_key), "router")
         if config.priority == "random" and order_key is not None:
             order_GS = rules.constrain(jax.random.uniform(order_key, mask_GS.shape), "GS")
             decision = dataclasses.replace(decision, order_GS=order_GS)
@@ -82,7 +85,7 @@ class MoE(nnx.Module):
         y_GSD, kept_GSK = dispatcher(self.experts, x_GSD, sent, expert_key)
         if self.free is not None:
             y_GSD, kept_GSK = combine(self.free, x_GSD, counted, y_GSD, kept_GSK, self._after_drop)
-        y_BLD = self._ungrouped(y_GSD, x_BLD.shape)
+        y_BLD = named(self._ungrouped(y_GSD, x_BLD.shape), "combine")
         if self.shared is not None:
             y_BLD = self.shared(x_BLD, y_BLD, shared_key)
         unit = length if config.balance.scope == "sequence" else size
@@ -126,7 +129,7 @@ class MoE(nnx.Module):
             # With free experts the dispatcher does not see all that is kept.
             renormalise=self._after_drop and self.free is None,
         )
-        return DISPATCHERS[config.dispatcher](slots, self.rules)
+        return DISPATCHERS[config.dispatcher](slots, self.rules, config.grouped)
 
 
 def _forced(forced: TokenChoice, own: Decision) -> TokenChoice:

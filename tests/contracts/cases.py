@@ -183,7 +183,7 @@ ROUTER_CASES: dict[str, Case] = {
 }
 
 DISPATCHERS = tuple(DISPATCHER_CLASSES)
-LIMITED = tuple(name for name in DISPATCHERS if name != "dropless")  # those that have a capacity
+LIMITED = tuple(name for name, cls in DISPATCHER_CLASSES.items() if cls.has_capacity)
 
 MESHES: dict[str, dict[str, int]] = {
     "one": {"data": 1},
@@ -218,11 +218,11 @@ def able(name: str) -> tuple[str, ...]:
     moe = ROUTER_CASES[name].moe
     limited = moe.capacity_factor is not None or moe.capacity_factor_eval is not None
     able = moe.router.dispatchers or DISPATCHERS
-    return tuple(dispatcher for dispatcher in able if not (limited and dispatcher == "dropless"))
+    return tuple(dispatcher for dispatcher in able if not limited or dispatcher in LIMITED)
 
 
 @functools.cache
 def dispatched(case: Case, dispatcher: str) -> Case:
     """The same case with another dispatcher, and without a capacity where that has none."""
-    options = DROPLESS if dispatcher == "dropless" else {}
+    options = {} if dispatcher in LIMITED else DROPLESS
     return dataclasses.replace(case, moe=case.moe.replace(dispatcher=dispatcher, **options))

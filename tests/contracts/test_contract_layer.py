@@ -36,7 +36,7 @@ def _quick_pair(name, dispatcher):
 def _quick_mesh(name, dispatcher, sizes):
     """The dispatchers that people train with on every mesh, and all of them on one."""
     if name == "dropless":
-        return dispatcher == "dropless"
+        return dispatcher not in cases.LIMITED
     return (
         dispatcher == "all_to_all" or sizes == "data2-expert4" or (dispatcher == "gather" and name == "switch_shared")
     )
@@ -150,9 +150,12 @@ def test_noise_is_the_same_on_every_mesh_and_dispatcher(dispatcher, sizes, mesh_
         assert harness.deviation(got.d_weights[key], value) < TOLERANCE, key
 
 
-@pytest.mark.parametrize("sizes", ["one", "fsdp2-expert2-model2"])
-def test_noise_without_a_capacity(sizes, mesh_of):
-    case = noisy("dropless")
+@pytest.mark.parametrize(
+    ("dispatcher", "sizes"),
+    [("dropless", "one"), ("dropless", "fsdp2-expert2-model2"), ("ragged_all_to_all", "fsdp2-expert2-model2")],
+)
+def test_noise_without_a_capacity(dispatcher, sizes, mesh_of):
+    case = noisy(dispatcher)
     got, expected = harness.run(case, mesh_of(**cases.MESHES[sizes])), harness.run(cases.dispatched(case, "dense"))
     assert int(got.stats.dispatch.dropped) == int(expected.stats.dispatch.dropped) == 0
     assert harness.deviation(got.y_BLD, expected.y_BLD) < TOLERANCE

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_lm.config import ConfigError
 from sparse_lm.moe.dispatch import DISPATCHERS, Dispatcher
 from sparse_lm.moe.dispatch.base import apply_experts
 from sparse_lm.moe.experts import Experts
@@ -22,7 +23,7 @@ DECISION = TokenChoice(EXPERT, GATE)
 # Compiled, with the dispatcher as a constant.
 run = jax.jit(lambda dispatcher, *inputs: dispatcher(*inputs), static_argnums=0)
 
-LIMITED = [name for name in DISPATCHERS if name != "dropless"]  # those that have a capacity
+LIMITED = [name for name, cls in DISPATCHERS.items() if cls.has_capacity]
 
 
 def experts(rate: float = 0.0) -> Experts:
@@ -75,7 +76,14 @@ def test_dropout_needs_a_key_and_both_groups_draw_their_own(name):
     assert not np.allclose(dropped[0, :3], dropped[1, :3])
 
 
-def test_only_all_to_all_moves_tokens():
-    assert {name for name, cls in DISPATCHERS.items() if cls.moves_tokens} == {"all_to_all"}
+def test_which_move_tokens_and_which_have_a_capacity():
+    assert {name for name, cls in DISPATCHERS.items() if cls.moves_tokens} == {"all_to_all", "ragged_all_to_all"}
+    assert set(DISPATCHERS) - set(LIMITED) == {"dropless", "ragged_all_to_all"}
     with pytest.raises(TypeError, match="abstract"):
         Dispatcher(SlotRule(1), DEFAULT)  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("name", sorted(set(DISPATCHERS) - set(LIMITED)))
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_computed(name):
+    with pytest.raises(ConfigError, match=r"model.moe.grouped='megablox'.* use auto"):
+        jax.eval_shape(DISPATCHERS[name](SlotRule(1), DEFAULT, "megablox"), experts(), X_GSD, DECISION)

@@ -1,4 +1,4 @@
-"""Dispatch without a capacity: the loads that a capacity would cut, against the dense oracle; both gates; gradients."""
+"""Dispatch without a capacity: loads that a capacity would cut, against the dense oracle; both gates; gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from sparse_lm.moe.dispatch.dense import Dense
 from sparse_lm.moe.dispatch.dropless import Dropless
+from sparse_lm.moe.dispatch.ragged_all_to_all import RaggedAllToAll
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
@@ -50,8 +51,9 @@ def test_every_load_is_served_whole(name, gate_on):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_the_capacity_of_the_rule_means_nothing():
+@pytest.mark.parametrize("cls", [Dropless, RaggedAllToAll])
+def test_the_capacity_of_the_rule_means_nothing(cls):
     experts = Experts(jax.random.key(1), (E, D, 7), "gelu")
     decision = TokenChoice(jnp.full((G, S, 1), 2, jnp.int32), jnp.ones((G, S, 1)))
-    kept_GSK = Dropless(SlotRule(1), DEFAULT)(experts, X_GSD, decision)[1]
+    kept_GSK = cls(SlotRule(1), DEFAULT)(experts, X_GSD, decision)[1]
     assert bool(jnp.all(kept_GSK))

@@ -22,7 +22,7 @@ X_BLD = jax.random.normal(jax.random.key(7), (2, 8, 4))
 ALL_BL = jnp.ones((2, 8), bool)
 run = jax.jit(lambda layer, *inputs: layer(*inputs))
 
-LIMITED = [name for name in DISPATCHERS if name != "dropless"]  # those that have a capacity
+LIMITED = [name for name, cls in DISPATCHERS.items() if cls.has_capacity]
 
 
 def build(**options: Any) -> MoE:

@@ -73,7 +73,7 @@ def test_the_default_is_causal_for_every_top_k():
 
 def test_every_dispatcher_of_the_table_can_be_chosen():
     for name in DISPATCHERS:
-        limits = {"capacity_factor": None, "capacity_factor_eval": None} if name == "dropless" else {}
+        limits = {} if DISPATCHERS[name].has_capacity else {"capacity_factor": None, "capacity_factor_eval": None}
         assert from_dict(MoEConfig, {"dispatcher": name, **limits}).dispatcher == name
 
 
@@ -82,6 +82,15 @@ def test_a_capacity_where_there_is_none_is_refused(option):
     limits = {"capacity_factor": None, "capacity_factor_eval": None, option: 1.25}
     with pytest.raises(ConfigError, match=rf"{option}=1\.25.*dropless has no capacity"):
         MoEConfig(dispatcher="dropless", **limits)
+
+
+def test_kernels_of_grouped_products_need_a_dispatcher_that_has_any():
+    limits = {"capacity_factor": None, "capacity_factor_eval": None}
+    assert MoEConfig(dispatcher="ragged_all_to_all", grouped="megablox", **limits).grouped == "megablox"
+    with pytest.raises(ConfigError, match=r"grouped='megablox'.*gather has no grouped products; use auto"):
+        MoEConfig(grouped="megablox")
+    with pytest.raises(ConfigError, match=r"grouped='cublas'.*known: auto, blocks, megablox, ragged_dot, tokamax"):
+        from_dict(MoEConfig, {"dispatcher": "dropless", "grouped": "cublas", **limits})
 
 
 def test_round_trip_through_plain_dictionaries():

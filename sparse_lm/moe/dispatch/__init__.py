@@ -8,6 +8,7 @@ from sparse_lm.moe.dispatch.dense import Dense
 from sparse_lm.moe.dispatch.dropless import Dropless
 from sparse_lm.moe.dispatch.einsum import Einsum
 from sparse_lm.moe.dispatch.gather import Gather
+from sparse_lm.moe.dispatch.ragged_all_to_all import RaggedAllToAll
 
 DISPATCHERS: dict[str, type[Dispatcher]] = {
     "dense": Dense,
@@ -15,4 +16,5 @@ DISPATCHERS: dict[str, type[Dispatcher]] = {
     "gather": Gather,
     "dropless": Dropless,
     "all_to_all": AllToAll,
+    "ragged_all_to_all": RaggedAllToAll,
 }

@@ -12,23 +12,29 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparse_lm.moe.experts import Experts
+from sparse_lm.moe.grouped import Grouped, Kernel, kernel_of
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import Decision, TokenChoice
-from sparse_lm.sharding import Rules, axis_index, sum_over
+from sparse_lm.sharding import Rules, axis_index, platform, sum_over
 
 
 @dataclasses.dataclass(frozen=True)
 class Dispatcher(abc.ABC):
-    """Takes tokens to their experts and back: `(experts, x_GSD, decision, key) -> (y_GSD, kept_GSK)`; no weights."""
+    """Takes tokens to their experts and back: `(experts, x_GSD, decision, key) -> (y_GSD, kept_GSK)`; no weights.
+
+    grouped: the kernel of those that have no capacity, see `moe.grouped`.
+    """
 
     slots: SlotRule
     rules: Rules
+    grouped: Grouped = "auto"
 
     @abc.abstractmethod
     def local(
@@ -36,7 +42,13 @@ class Dispatcher(abc.ABC):
     ) -> tuple[jax.Array, jax.Array]:
         """One device's share. ids_GS: the number of each token in the whole batch. Returns float32 y and kept."""
 
-    moves_tokens = False
+    moves_tokens: ClassVar[bool] = False
+    has_capacity: ClassVar[bool] = True
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel for grouped products. Raises `ConfigError` where it cannot run on the devices in use."""
+        return kernel_of(self.grouped, platform())
 
     def __call__(
         self, experts: Experts, x_GSD: Float[Array, "G S D"], decision: Decision, key: jax.Array | None = None
@@ -56,7 +68,8 @@ class Dispatcher(abc.ABC):
             # A shard of F gave a partial sum; the combination is linear, so the sum is taken once, at its narrowest.
             return sum_over(y_GSD, "model").astype(x_GSD.dtype), kept_GSK
 
-        return self.rules.per_device(body, experts, (x_GSD, decision, ids_GS), key)
+        checked = self.has_capacity or self.kernel.checked
+        return self.rules.per_device(body, experts, (x_GSD, decision, ids_GS), key, checked)
 
 
 def apply_experts(experts: Experts, x_ERD: jax.Array, ids_ER: jax.Array | None, key: jax.Array | None) -> jax.Array:

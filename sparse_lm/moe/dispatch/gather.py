@@ -69,6 +69,16 @@ class Routes:
         return y_MD.reshape(groups, size, -1)
 
 
+def permuted(x_QD: Float[Array, "Q D"], row_Q: Int[Array, "Q"], rows: int) -> tuple[jax.Array, jax.Array]:
+    """Rows in another order [R, D], zero where none belongs, and for each the old row, or Q for none.
+
+    row_Q: the new row of each, no two alike; R or more for none.
+    """
+    old_Q = jnp.arange(row_Q.size, dtype=jnp.int32)
+    from_R = varying(jnp.full((rows,), row_Q.size, jnp.int32)).at[row_Q].set(varying(old_Q), mode="drop")
+    return _to_slots(x_QD, from_R, row_Q[:, None]), from_R
+
+
 def _by_row(value_GSK: jax.Array, row_MK: jax.Array, num_rows: int) -> jax.Array:
     """A number per assignment -> a number per row, 0 for empty rows."""
     empty = varying(jnp.zeros((num_rows,), jnp.float32))

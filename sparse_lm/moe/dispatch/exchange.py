@@ -1,0 +1,71 @@
+"""Rows from every device of the `expert` axis to every other, as many as each has for each: a ragged all-to-all."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from sparse_lm.sharding import axis_index, manual_axis_size, platform
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def exchange(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int, back: int) -> jax.Array:
+    """Sends this device's rows, sorted by destination, and returns those for it, sorted by sender; zeros behind them.
+
+    size_NN: rows from each device of the axis (first index) to each, the same on all of them. rows: of the result,
+    which have to be enough for all that is sent here. back: rows of x, which the gradient has again.
+    The gradient takes the way back, which is the same exchange by the transposed table.
+    """
+    return move(x_RD, size_NN, rows)
+
+
+def _forward(x_RD, size_NN, rows, back):
+    return exchange(x_RD, size_NN, rows, back), size_NN
+
+
+def _backward(rows, back, size_NN, dy_RD):
+    return move(dy_RD, size_NN.T, back), None
+
+
+exchange.defvjp(_forward, _backward)
+
+
+def move(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int) -> jax.Array:
+    """The same for any type and without a gradient."""
+    here = axis_index("expert")
+    sent_N, received_N = size_NN[here], size_NN[:, here]
+    if manual_axis_size("expert") == 1:
+        return _taken(x_RD, jnp.where(jnp.arange(rows) < sent_N[0], jnp.arange(rows), x_RD.shape[0]))
+    if platform() == "cpu":
+        return _padded(x_RD, sent_N, received_N, rows)
+    output = jnp.zeros_like(x_RD, shape=(rows, *x_RD.shape[1:]))
+    place_N = _before(size_NN)[here]
+    return jax.lax.ragged_all_to_all(x_RD, output, _before(sent_N), sent_N, place_N, received_N, axis_name="expert")
+
+
+def _padded(x_RD: jax.Array, sent_N: jax.Array, received_N: jax.Array, rows: int) -> jax.Array:
+    """The same by an ordinary all-to-all, with room for all rows at every destination.
+
+    XLA has no ragged one on CPU (https://github.com/jax-ml/jax/issues/34755).
+    """
+    most = x_RD.shape[0]
+    number_NR = jnp.arange(most, dtype=jnp.int32)[None]
+    own_NR = jnp.where(number_NR < sent_N[:, None], _before(sent_N)[:, None] + number_NR, most)
+    parts_NRD = jax.lax.all_to_all(_taken(x_RD, own_NR), "expert", split_axis=0, concat_axis=0, tiled=True)
+    row_Q = jnp.arange(rows, dtype=jnp.int32)
+    sender_Q = jnp.searchsorted(jnp.cumsum(received_N), row_Q, side="right").astype(jnp.int32)
+    number_Q = row_Q - _before(received_N).at[sender_Q].get(mode="clip")
+    flat = parts_NRD.reshape(-1, *x_RD.shape[1:])
+    return _taken(flat, jnp.where(row_Q < jnp.sum(received_N), sender_Q * most + number_Q, flat.shape[0]))
+
+
+def _before(size: jax.Array) -> jax.Array:
+    """Sums of what stands before along the first axis."""
+    return jnp.cumsum(size, axis=0, dtype=size.dtype) - size
+
+
+def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="fill", fill_value=0)

@@ -1,0 +1,86 @@
+"""Expert parallelism without a capacity: experts stay, and exactly the rows that there are go to them and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from sparse_lm.moe.dispatch.base import Dispatcher
+from sparse_lm.moe.dispatch.dropless import experts_on_rows, loads, sorted_routes
+from sparse_lm.moe.dispatch.exchange import exchange, move
+from sparse_lm.moe.dispatch.gather import permuted
+from sparse_lm.moe.grouped import Layout
+from sparse_lm.sharding import axis_index, manual_axis_size
+
+
+class RaggedAllToAll(Dispatcher):
+    """Sorts by destination, tells all devices the counts, exchanges, sorts by expert, and takes the same way back.
+
+    A device has room for all assignments of the devices along its `expert` axis, since all may choose its experts:
+    nothing is dropped, whatever the mesh.
+    """
+
+    moves_tokens = True
+    has_capacity = False
+
+    def local(self, experts, x_GSD, decision, ids_GS, key):
+        """See `Dispatcher.local`."""
+        num_experts, kernel = experts.num_experts, self.kernel
+        count_E, rows = loads(decision, num_experts), decision.expert_GSK.size
+        routes = sorted_routes(decision, num_experts, jnp.cumsum(count_E) - count_E, rows)
+        traffic = Traffic.of(count_E)
+        room = traffic.devices * rows
+        layout = kernel.layout(jnp.sum(traffic.arriving_NE, axis=0), room)
+        row_Q = traffic.rows_in(layout, room)
+        x_QD = exchange(routes.to_slots(x_GSD)[0], traffic.size_NN, room, rows)
+        x_RD, from_R = permuted(x_QD, row_Q, layout.rows)
+        ids_R = None
+        if key is not None and experts.dropout_rate > 0:
+            ids_Q = move(routes.ids(ids_GS)[0][:, None], traffic.size_NN, room)[:, 0]
+            first = axis_index("expert") * layout.first_E.shape[0]
+            ids_R = ids_Q.at[from_R].get(mode="fill", fill_value=0) * num_experts + first + layout.expert_R
+        y_RD = experts_on_rows(experts, x_RD, (layout, kernel), ids_R, key)
+        y_QD, _ = permuted(y_RD, from_R, room)
+        y_AD = exchange(y_QD, traffic.size_NN.T, rows, room)
+        return routes.combine(y_AD[None]), decision.expert_GSK >= 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Who sends how much to whom. N: devices along the `expert` axis.
+
+    size_NN: rows from each device to each. arriving_NE: rows for this device's own experts, by sender.
+    """
+
+    size_NN: Int[Array, "N N"]
+    arriving_NE: Int[Array, "N E"]
+
+    @classmethod
+    def of(cls, count_E: Int[Array, "E"]) -> Traffic:
+        """count_E: rows that this device has for each of all experts. Every device learns the counts of the others."""
+        devices = manual_axis_size("expert")
+        count_NE = jax.lax.all_gather(count_E, "expert") if devices > 1 else count_E[None]
+        count_NNE = count_NE.reshape(devices, devices, -1)
+        return cls(jnp.sum(count_NNE, axis=2), count_NNE[:, axis_index("expert")])
+
+    @property
+    def devices(self) -> int:
+        """Devices along the `expert` axis."""
+        return self.size_NN.shape[0]
+
+    def rows_in(self, layout: Layout, room: int) -> Int[Array, "Q"]:
+        """Where in the layout each of `room` received rows belongs; `layout.rows` for those that hold nothing.
+
+        Received rows are sorted by sender, and those of a sender by expert; in the layout the expert comes first.
+        """
+        count_X, experts = self.arriving_NE.reshape(-1), self.arriving_NE.shape[1]
+        earlier_NE = jnp.cumsum(self.arriving_NE, axis=0) - self.arriving_NE
+        place_X = (layout.first_row_E + earlier_NE).reshape(-1)
+        start_X = jnp.cumsum(count_X) - count_X
+        part_Q = jnp.repeat(jnp.arange(self.devices * experts), count_X, total_repeat_length=room)
+        row_Q = jnp.arange(room, dtype=jnp.int32)
+        return jnp.where(row_Q < jnp.sum(count_X), place_X[part_Q] + row_Q - start_X[part_Q], layout.rows)

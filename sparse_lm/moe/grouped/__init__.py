@@ -1,0 +1,37 @@
+"""Products of rows with the matrix of the expert that each row belongs to: no slot, no drop, hardly any padding.
+
+Rows are sorted by expert. One function computes forward and backward, by one of several kernels: see `KERNELS`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sparse_lm.config import ConfigError
+from sparse_lm.moe.grouped.blocks import Blocks
+from sparse_lm.moe.grouped.layout import Kernel, Layout, grouped_product
+from sparse_lm.moe.grouped.megablox import Megablox
+from sparse_lm.moe.grouped.ragged import RaggedDot, Tokamax
+
+__all__ = ["KERNELS", "Grouped", "Kernel", "Layout", "grouped_product", "kernel_of"]
+
+Grouped = Literal["auto", "blocks", "ragged_dot", "megablox", "tokamax"]
+
+KERNELS: dict[str, Kernel] = {
+    "blocks": Blocks(),
+    "ragged_dot": RaggedDot(),
+    "megablox": Megablox(),
+    "tokamax": Tokamax(),
+}
+
+
+def kernel_of(name: Grouped, platform: str) -> Kernel:
+    """The kernel of this name; `auto` is `blocks` on CPU and `ragged_dot` on GPU and TPU.
+
+    platform: `cpu`, `gpu` or `tpu`. Raises `ConfigError` where the kernel cannot run on it.
+    """
+    kernel = KERNELS[("blocks" if platform == "cpu" else "ragged_dot") if name == "auto" else name]
+    refusal = kernel.refusal(platform)
+    if refusal is not None:
+        raise ConfigError("model.moe.grouped", name, refusal)
+    return kernel

@@ -1,0 +1,163 @@
+"""Every kernel of grouped products against one product per expert: loads of all kinds, both gradients, bfloat16."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_lm.config import ConfigError
+from sparse_lm.moe.grouped import KERNELS, Layout, grouped_product, kernel_of
+from sparse_lm.moe.grouped.blocks import Blocks, block_size
+from sparse_lm.moe.grouped.megablox import ROWS, Megablox
+from sparse_lm.moe.grouped.ragged import RaggedDot, Tokamax
+
+D, F = 5, 3
+HERE = {"blocks": Blocks(), "ragged_dot": RaggedDot(), "megablox": Megablox(interpret=True)}  # what runs on a CPU
+COUNTS = {
+    "even": [4, 4, 4],
+    "one": [0, 12, 0],
+    "last": [0, 0, 9],
+    "none": [0, 0, 0],
+    "few": [1, 0, 7],
+    "blocks": [8, 16, 24],
+    "over": [9, 17, 25],
+    "large": [300, 1, 0, 130],
+}
+
+
+def placed(counts, layout: Layout, rng):
+    """Rows of every expert in their places, zeros elsewhere; and the expert of each row, -1 for empty ones."""
+    x = np.zeros((layout.rows, D), np.float32)
+    expert = np.full(len(x), -1)
+    for e, count in enumerate(counts):
+        start = int(layout.first_row_E[e])
+        x[start : start + count] = rng.normal(size=(count, D))
+        expert[start : start + count] = e
+    return x, expert
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(kernel, x, w, dy, layout):
+    y, pull = jax.vjp(lambda x, w: grouped_product(x, w, layout, kernel), x, w)
+    return y, *pull(dy)
+
+
+def check(kernel, counts, rows=None):
+    rng = np.random.default_rng(0)
+    layout = kernel.layout(jnp.asarray(counts, jnp.int32), rows or max(sum(counts), 1))
+    x, expert = placed(counts, layout, rng)
+    w = rng.normal(size=(len(counts), D, F)).astype(np.float32)
+    dy = np.where(expert[:, None] >= 0, rng.normal(size=(len(x), F)), 0).astype(np.float32)
+    y, dx, dw = with_gradients(kernel, x, w, dy, layout)
+    one_hot = expert[:, None] == np.arange(len(counts))
+    exact = [a.astype(np.float64) for a in (x, w, dy)]
+    np.testing.assert_allclose(y, np.einsum("re,rd,edf->rf", one_hot, exact[0], exact[1]), atol=1e-5)
+    np.testing.assert_allclose(dx, np.einsum("re,rf,edf->rd", one_hot, exact[2], exact[1]), atol=1e-5)
+    np.testing.assert_allclose(dw, np.einsum("re,rd,rf->edf", one_hot, exact[0], exact[2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_every_row_meets_its_expert(name, counts):
+    check(HERE[name], COUNTS[counts])
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_rows_that_are_not_in_use_are_zero_whatever_x_holds(name):
+    kernel, counts = HERE[name], [5, 0, 2]
+    layout = kernel.layout(jnp.asarray(counts, jnp.int32), 12)
+    x = jnp.ones((layout.rows, D))
+    y, dx, dw = with_gradients(kernel, x, jnp.ones((3, D, F)), jnp.ones((layout.rows, F)), layout)
+    used = int(layout.used)
+    assert used < layout.rows
+    np.testing.assert_array_equal(y[used:], 0)
+    np.testing.assert_array_equal(dx[used:], 0)
+    # Rows beyond the counts do not reach the gradient of any matrix; `blocks` counts whole blocks.
+    np.testing.assert_array_equal(dw[:, 0, 0], np.asarray(layout.number_E) * layout.size)
+
+
+@settings(max_examples=10)
+@given(counts=st.lists(st.integers(0, 40), min_size=4, max_size=4))
+def test_any_loads(counts):
+    check(HERE["blocks"], counts, 160)  # one shape, one program
+
+
+@settings(max_examples=20)
+@given(st.sampled_from([1, 5, 64]).flatmap(lambda n: st.lists(st.integers(0, 500), min_size=n, max_size=n)))
+def test_there_is_always_room_for_blocks(counts):
+    layout = Blocks().layout(jnp.asarray(counts, jnp.int32), max(sum(counts), 1))
+    assert int(jnp.sum(layout.number_E)) <= layout.total
+    used = np.asarray(layout.number_E) * layout.size
+    assert np.all(used >= counts) and np.all(used < np.asarray(counts) + layout.size)
+    np.testing.assert_array_equal(layout.first_E, np.cumsum(layout.number_E) - layout.number_E)
+
+
+@pytest.mark.parametrize(("rows", "experts", "size"), [(8192, 8, 256), (8192, 128, 32), (16, 8, 8), (1, 64, 8)])
+def test_blocks_shrink_where_they_would_be_half_empty(rows, experts, size):
+    assert block_size(rows, experts) == size
+
+
+@pytest.mark.parametrize(("rows", "total"), [(1, ROWS), (ROWS, ROWS), (ROWS + 1, 2 * ROWS)])
+def test_megablox_has_whole_tiles_of_rows(rows, total):
+    assert Megablox().layout(jnp.asarray([rows, 0]), rows).rows == total
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_bfloat16_accumulates_in_float32(name):
+    kernel, rows = HERE[name], 600
+    layout = kernel.layout(jnp.asarray([rows], jnp.int32), rows)
+    one = (jnp.arange(layout.rows) < rows).astype(jnp.bfloat16)[:, None]
+    x, w = jnp.broadcast_to(one, (layout.rows, 4096)), jnp.full((1, 4096, 1), 2.0**-9, jnp.bfloat16)
+    y, dx, dw = with_gradients(kernel, x, w, one, layout)
+    assert {y.dtype, dx.dtype, dw.dtype} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(y[:rows, 0], 8.0)  # a bfloat16 sum would stop at 1 or 2
+    np.testing.assert_array_equal(dw, 600.0)  # and one of ones at 256
+    np.testing.assert_array_equal(dx[:rows], 2.0**-9)
+
+
+def test_auto_is_a_kernel_that_the_platform_has():
+    assert kernel_of("auto", "cpu") is KERNELS["blocks"]
+    assert kernel_of("auto", "gpu") is kernel_of("auto", "tpu") is KERNELS["ragged_dot"]
+    assert [kernel_of(name, "tpu") for name in ("blocks", "ragged_dot", "megablox")] == [
+        Blocks(),
+        RaggedDot(),
+        Megablox(),
+    ]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_megablox_is_refused_where_it_has_no_kernel(platform):
+    with pytest.raises(ConfigError, match=f"model.moe.grouped='megablox'.*{platform}; use auto, or blocks"):
+        kernel_of("megablox", platform)
+
+
+def test_tokamax_is_refused_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model.moe.grouped='tokamax'.*pip install tokamax, or use auto"):
+        kernel_of("tokamax", "gpu")
+
+
+def test_tokamax_gets_the_arguments_of_ragged_dot_general(monkeypatch):
+    stand_in = types.ModuleType("tokamax")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
+    calls = []
+
+    def ragged_dot_general(*arguments, **options):
+        calls.append(options)
+        return jax.lax.ragged_dot_general(*arguments, **options)
+
+    stand_in.ragged_dot_general = ragged_dot_general  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tokamax", stand_in)
+    assert kernel_of("tokamax", "cpu") == Tokamax()
+    check(Tokamax(), COUNTS["few"])
+    assert calls == [{"preferred_element_type": jnp.float32}] * 3
+    assert not Tokamax.checked and not Megablox.checked and Blocks.checked and RaggedDot.checked
