@@ -1,5 +1,8 @@
 """What the mains share: flags for an experiment, virtual devices, and errors as one line instead of a traceback."""
 
+import os
+import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -8,6 +11,7 @@ from overrides import define_config, experiment, fail, parse
 __all__ = ["DEVICES", "define_config", "experiment", "run"]
 
 DEVICES = flags.DEFINE_integer("devices", None, "Run on N virtual CPU devices; None uses the machine's own.", 1)
+AGAIN = 75  # the status of an error that may be gone at the next try
 
 
 def run(main: Callable[[], None]) -> None:
@@ -24,12 +28,29 @@ def run(main: Callable[[], None]) -> None:
             jax.config.update("jax_num_cpu_devices", DEVICES.value)
         from sparse_lm.config import ConfigError
         from sparse_lm.data.documents import DataError
+        from sparse_lm.train.distributed import HostsError
         from sparse_lm.train.loop import TrainingError
         from sparse_lm.train.manifest import CheckpointError
 
         try:
             main()
+        except HostsError as error:
+            _end(error, AGAIN)
         except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+            if jax.distributed.is_initialized():
+                _end(error, 2)
             fail(error)
+        except (Exception, KeyboardInterrupt):
+            if jax.distributed.is_initialized():
+                traceback.print_exc()
+                _end("the other processes end as well", 1)
+            raise
 
     app.run(start, flags_parser=parse)
+
+
+def _end(message: object, status: int) -> None:
+    """Ends one of several processes at once: an orderly end would wait for the others, who wait for this one."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)

@@ -4,11 +4,15 @@ python experiments/train.py --config=configs/quickstart.py --workdir=runs/a
     [--config.model.moe.num_experts=16 --config.mesh.expert=4 ...]  [--devices=8]
 
 --devices=N runs on N virtual CPU devices; without it, on what the machine has.
+
+On several hosts the same command runs on each, with --coordinator=HOST:PORT --processes=N --process=I unless SLURM or
+the TPU runtime tell; --supervise[=3] restarts it after a crash. See docs/hosts.md.
 """
 
 import sys
 from pathlib import Path
 
+import hosts
 from absl import flags
 from common import define_config, experiment, run
 
@@ -20,9 +24,14 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     """Trains, then prints a sample and what to do next."""
+    from sparse_lm.train.hosts import is_first
     from sparse_lm.train.session import train
 
     workdir = Path(str(WORKDIR.value))
+    status = hosts.supervised(workdir)
+    if status is not None:
+        sys.exit(status)
+    hosts.join()
     session = train(experiment(CONFIG.value), workdir, sys.stdout)
     tokens = session.experiment.train.sample_tokens
     if session.outcome.stopped:
@@ -30,6 +39,8 @@ def main() -> None:
     text = session.experiment.data.source in ("stdlib", "text")
     if tokens and text:
         print_sample(session, tokens)
+    if not is_first():
+        return
     print(f"next:\n  open {session.report} in a browser")
     if text:
         print(f"  python experiments/generate.py --workdir={workdir} --prompt='import '")
@@ -44,10 +55,13 @@ def print_sample(session, tokens: int) -> None:
     from sparse_lm.generate.sample import Sampling
     from sparse_lm.generate.stream import generate
     from sparse_lm.generate.text import TextStream
+    from sparse_lm.train.hosts import fetch, is_first
 
+    model = fetch(session.outcome.model)  # off the mesh: one sequence cannot be shared
+    if not is_first():
+        return
     text = TextStream(session.dataset.tokenizer)
     prompt = session.dataset.tokenizer.encode(PROMPT.value)
-    model = jax.device_get(session.outcome.model)  # off the mesh: one sequence cannot be shared
     if model.config.position == "learned":
         tokens = min(tokens, model.config.max_length - len(prompt))
     steps = generate(model, [prompt], Sampling(0.8, top_p=0.95), tokens, jax.random.key(session.experiment.seed))

@@ -175,33 +175,30 @@ def _report(
 class TrainLoader:
     """The endless stream of training batches; a batch is a pure function of (dataset, batch size, seed, step).
 
-    Every epoch visits all rows once in an order of its own; batches run on across the end of an epoch. A process gets
-    its slice [batch_size / process_count, length + 1] of the global batch, which is the same for any process count.
+    Every epoch visits all rows once in an order of its own; batches run on across the end of an epoch. One of several
+    processes reads and gets only the rows [len(rows), length + 1] of the global batch that it asks for; the global
+    batch is the same however many there are.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        self, dataset: Dataset, batch_size: int, seed: int, start_step: int = 0, rows: Sequence[int] | None = None
     ):
-        """Raises `ValueError` when the batch cannot be cut evenly over the processes or the step is negative."""
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f"batch_size={batch_size} must be a positive multiple of process_count={process_count}")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index} must be in [0, process_count={process_count})")
+        """rows: this process's, as indices into the global batch; None is all.
+
+        Raises `ValueError` when a row is not in the batch, there are none, or the step is negative.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self._rows = tuple(range(batch_size)) if rows is None else tuple(rows)
+        if not self._rows or not all(0 <= row < batch_size for row in self._rows):
+            raise ValueError(f"rows={list(self._rows)} must be some of the {batch_size} of the batch, counted from 0")
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
         import grain  # half a second, and only training needs it
 
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
-        self._process = process_index, process_count
         self._step = start_step
-        rows = grain.MapDataset.source(dataset.train).seed(seed).shuffle().repeat()  # type: ignore[arg-type]
-        self._slices = rows.batch(batch_size // process_count, batch_fn=stack_rows)
+        self._stream = grain.MapDataset.source(dataset.train).seed(seed).shuffle().repeat()  # type: ignore[arg-type]
 
     def __iter__(self) -> Self:
         return self
@@ -212,9 +209,8 @@ class TrainLoader:
         return batch
 
     def batch_at(self, step: int) -> Batch:
-        """This process's slice of the global batch of a step; leaves the stream where it is."""
-        index, count = self._process
-        return cast(Batch, self._slices[step * count + index])
+        """This process's rows of the global batch of a step; leaves the stream where it is."""
+        return stack_rows([cast(Batch, self._stream[step * self._batch_size + row]) for row in self._rows])
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, ready for JSON: `step` is the next one, `epoch` that of its first row."""
@@ -245,17 +241,23 @@ class TrainLoader:
         self._step = int(state["step"])
 
 
-def validation_batches(dataset: Dataset, batch_size: int, num_batches: int) -> list[Batch]:
+def validation_batches(
+    dataset: Dataset, batch_size: int, num_batches: int, rows: Sequence[int] | None = None
+) -> list[Batch]:
     """At most `num_batches` batches of validation rows, the same ones in the same order on every call.
 
     Where there are more rows than asked for, they are taken at equal distances. The last batch is filled up with empty
-    rows (segment 0, no targets). Raises `ValueError` when either size is under 1.
+    rows (segment 0, no targets). rows: those of each batch that this process wants, None is all. Raises `ValueError`
+    when either size is under 1.
     """
     if batch_size < 1 or num_batches < 1:
         raise ValueError(f"batch_size={batch_size} and num_batches={num_batches} must be at least 1")
     available = len(dataset.validation)
     count = min(available, batch_size * num_batches)
-    rows = [dataset.validation[i * available // count] for i in range(count)]
-    width = np.asarray(rows[0].tokens_BL).shape[0]
-    rows += [empty_row(width, dataset.pad)] * (-count % batch_size)
-    return [stack_rows(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    width = np.asarray(dataset.validation[0].tokens_BL).shape[0]
+
+    def row(i: int) -> Batch:
+        return dataset.validation[i * available // count] if i < count else empty_row(width, dataset.pad)
+
+    wanted = range(batch_size) if rows is None else rows
+    return [stack_rows([row(start + i) for i in wanted]) for start in range(0, count, batch_size)]

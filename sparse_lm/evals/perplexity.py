@@ -45,7 +45,8 @@ def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
     @jax.jit
     def parts(model: Decoder, batch: Batch) -> LossParts:
         moe, attention = (part.losses if part else None for part in (model.config.moe, model.config.attention))
-        return causal_loss(model, batch, None, count(batch), moe, len(domains), attention_balance=attention)[1]
+        found = causal_loss(model, batch, None, count(batch), moe, len(domains), attention_balance=attention)[1]
+        return jax.tree.map(model.rules.whole, found)  # any process can read what every device holds
 
     def evaluate(model: Decoder, batches: Sequence[Batch]) -> Evaluation:
         each = [jax.device_get(parts(model, batch)) for batch in batches]

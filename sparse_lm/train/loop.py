@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,12 +18,13 @@ from sparse_lm.models.counts import Counts
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.optim.schedules import schedule
-from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded, put
+from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded
 from sparse_lm.telemetry.clock import Clock
 from sparse_lm.telemetry.peak import device_peak
 from sparse_lm.telemetry.progress import Progress, Status
 from sparse_lm.telemetry.sinks import Sinks, open_sinks
 from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.hosts import agree, is_first, place, process_rows, stop_requests
 from sparse_lm.train.rows import train_row, validation_row
 from sparse_lm.train.run import CHECKPOINTS_NAME
 from sparse_lm.train.state import TrainState, create_state
@@ -53,7 +52,7 @@ class Outcome:
 
 
 class Trainer:
-    """One process's training of one run."""
+    """One process's part in the training of one run."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset, workdir: Path, mesh: Mesh, rules: Rules = DEFAULT):
         """experiment: resolved. Call under `jax.set_mesh(mesh)`."""
@@ -64,9 +63,10 @@ class Trainer:
         self.step = make_train_step(self.optimizer, train.accumulate, len(dataset.domains))
         self.evaluate = make_evaluate(dataset.domains)
         seed = experiment.seed if experiment.data_seed is None else experiment.data_seed
-        self.loader = TrainLoader(dataset, train.batch_size, seed)
+        self.rows = process_rows(mesh, rules, train.batch_size)
+        self.loader = TrainLoader(dataset, train.batch_size, seed, rows=self.rows)
         self.root = jax.random.key(experiment.seed)
-        held_out = validation_batches(dataset, train.batch_size, train.eval_batches)
+        held_out = validation_batches(dataset, train.batch_size, train.eval_batches, self.rows)
         self.validation = [self._put(batch) for batch in held_out]
 
     def run(self, stream: TextIO, counts: Counts) -> Outcome:
@@ -77,15 +77,20 @@ class Trainer:
         train = self.experiment.train
         with Checkpoints(self.workdir / CHECKPOINTS_NAME, self.experiment.checkpoint) as checkpoints:
             resumed = checkpoints.latest_step()
+            agree({"checkpoint": resumed})
             state, extra = self._start(checkpoints, resumed)
             first = resumed or 0
             # Also without a checkpoint: a run that was killed before its first one has left rows behind.
-            sinks = open_sinks(self.workdir, resume_step=first)
+            sinks = open_sinks(self.workdir, is_first(), resume_step=first)
             clock = Clock(train.steps, seconds_before=extra.get("seconds", 0.0))
-            with contextlib.closing(sinks), Progress(train.steps, stream) as progress, _signals() as stop:
+            progress = Progress(train.steps, stream, active=is_first())
+            with contextlib.closing(sinks), progress, stop_requests() as stop:
+                if resumed is not None:
+                    done = "finished" if resumed >= train.steps else "resuming"
+                    progress.message(f"checkpoint of step {resumed} found in {self.workdir}: {done}")
                 recorder = Recorder(self, (sinks, clock, progress), counts, first)
                 step = first
-                while step < train.steps and not stop:
+                while step < train.steps and not stop(step):
                     with clock.measure("data"):
                         batch = self._put(self.loader.batch_at(step))
                     with clock.pause("compile") if step == first else clock.measure("step"):
@@ -143,7 +148,8 @@ class Trainer:
             checkpoints.save(step, state, {"data": data, "seconds": recorder.clock.seconds}, loss, force=True)
 
     def _put(self, batch: Batch) -> Batch:
-        return jax.tree.map(lambda x: put(self.mesh, self.rules, x, "BL"), batch)
+        size = self.experiment.train.batch_size
+        return jax.tree.map(lambda x: place(self.mesh, self.rules, x, self.rows, size), batch)
 
 
 class Recorder:
@@ -217,23 +223,3 @@ class Recorder:
                 + (f", {bits:.4f} bits/byte" if bits is not None else "")
                 + (f", {row['entropy_gap']:.4f} above the best possible" if row["entropy_gap"] is not None else "")
             )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that is filled by the first SIGTERM or SIGINT; the second one acts as usual."""
-    caught: list[int] = []
-    before = {}
-
-    def handler(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # not the main thread, as in a notebook's worker
-            before[number] = signal.signal(number, handler)
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,16 +13,16 @@ from sparse_lm.data.loader import Dataset, build_dataset
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.models.counts import Counts, count, table
 from sparse_lm.sharding import make_mesh
-from sparse_lm.telemetry.report import write_report
-from sparse_lm.telemetry.rundata import load_run, verdict
-from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.telemetry.report import REPORT_NAME, write_report
+from sparse_lm.telemetry.rundata import CONFIG_NAME, load_run, verdict
+from sparse_lm.train.hosts import agree, is_first, see
 from sparse_lm.train.loop import Outcome, Trainer
-from sparse_lm.train.run import CHECKPOINTS_NAME, check_resumable, describe_run, read_info, write_info
+from sparse_lm.train.run import check_resumable, describe_run, read_info, write_info
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A finished or stopped training: what came out, and what it was made with."""
+    """A finished or stopped training: what came out, what it was made with, and where its report is."""
 
     experiment: Experiment
     dataset: Dataset
@@ -32,29 +33,32 @@ class Session:
 def train(experiment: Experiment, workdir: Path, stream: TextIO) -> Session:
     """Trains in `workdir`, or goes on with what is there, and writes its report; tells about it on `stream`.
 
+    Every process of a training over several hosts calls it; the first one writes, tells and reports for all of them.
     Everything that can be refused is refused before the first compilation. Raises `ConfigError` (a configuration that
     cannot run, or another run's directory), `DataError`, `CheckpointError` and `TrainingError`.
     """
+    first = is_first()
+    stream = stream if first else io.StringIO()
     sizes = experiment.mesh_sizes(jax.device_count())
     dataset = build_dataset(experiment.data, experiment.seed if experiment.data_seed is None else experiment.data_seed)
     experiment = resolved(experiment, dataset.vocab_size)
     experiment.mesh_sizes(jax.device_count())
     stored = read_info(workdir)
+    agree({"config": experiment, "data": dataset.fingerprint, "workdir": stored})
     if stored is not None:
         check_resumable(stored, experiment, dataset.fingerprint)
     counts = count(experiment.model)
     _introduce(experiment, dataset, counts, sizes, stream)
-    write_info(workdir, describe_run(experiment, dataset, _parameters(counts, experiment)))
+    if first:
+        write_info(workdir, describe_run(experiment, dataset, _parameters(counts, experiment)))
+    see(workdir / CONFIG_NAME)
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
-        with Checkpoints(workdir / CHECKPOINTS_NAME, experiment.checkpoint, read_only=False) as checkpoints:
-            found = checkpoints.latest_step()
-        if found is not None:
-            done = found >= experiment.train.steps
-            stream.write(f"checkpoint of step {found} found in {workdir}: {'finished' if done else 'resuming'}\n")
         outcome = Trainer(experiment, dataset, workdir, mesh).run(stream, counts)
-    report = write_report(workdir)
-    _conclude(workdir, report, stream)
+    report = workdir / REPORT_NAME
+    if first:
+        write_report(workdir)
+        _conclude(workdir, report, stream)
     return Session(experiment, dataset, outcome, report)
 
 

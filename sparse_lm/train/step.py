@@ -65,6 +65,7 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
         skipped = 1 - finite.astype(jnp.int32)
         nonfinite, in_a_row = state.nonfinite + skipped, (state.nonfinite_in_a_row + 1) * skipped
         new = TrainState(state.step + 1, model, optimizer_state, nonfinite, in_a_row)
-        return new, StepMetrics(total, parts, norm, finite, nonfinite, in_a_row)
+        metrics = StepMetrics(total, parts, norm, finite, nonfinite, in_a_row)
+        return new, jax.tree.map(rules.whole, metrics)  # any process can read what every device holds
 
     return jax.jit(step, donate_argnums=0)

@@ -64,18 +64,25 @@ def dataset(request, text_config) -> Dataset:
     return build_dataset({"text": text_config, "grammar": GRAMMAR, "facts": FACTS}[request.param])
 
 
-def test_stream_is_the_same_on_every_run_and_cut_over_processes(dataset):
+def test_stream_is_the_same_on_every_run(dataset):
     whole = [TrainLoader(dataset, 4, seed=3).batch_at(step) for step in range(60)]
     again = TrainLoader(dataset, 4, seed=3)
     assert digest(whole) == digest([next(again) for _ in range(60)])
     assert digest(whole) != digest([TrainLoader(dataset, 4, seed=4).batch_at(step) for step in range(60)])
-    for count in (2, 4):
-        loaders = [TrainLoader(dataset, 4, 3, process_index=index, process_count=count) for index in range(count)]
-        for step in range(60):
-            slices = [columns(loader.batch_at(step)) for loader in loaders]
-            assert all(column.shape == (4 // count, dataset.train[0].tokens_BL.shape[0]) for column in slices[0])
-            for column, parts in zip(columns(whole[step]), zip(*slices, strict=True), strict=True):
-                np.testing.assert_array_equal(column, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("shares", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)], [(0, 1, 2, 3), (1,)]])
+def test_a_process_gets_its_rows_of_the_same_batch(dataset, shares):
+    whole, held_out = TrainLoader(dataset, 4, seed=3), validation_batches(dataset, 4, 2)
+    for rows in shares:
+        part = TrainLoader(dataset, 4, 3, rows=rows)
+        assert part.state() == whole.state()
+        for step in (0, 7, 31):
+            for all_rows, some in zip(columns(whole.batch_at(step)), columns(part.batch_at(step)), strict=True):
+                np.testing.assert_array_equal(all_rows[list(rows)], some)
+        for batch, some in zip(held_out, validation_batches(dataset, 4, 2, rows), strict=True):
+            np.testing.assert_array_equal(batch.tokens_BL[list(rows)], some.tokens_BL)
+            np.testing.assert_array_equal(batch.segments_BL[list(rows)], some.segments_BL)
 
 
 SCRIPT = """
@@ -167,9 +174,9 @@ def test_foreign_states_are_refused():
 @pytest.mark.parametrize(
     ("batch_size", "fields", "says"),
     [
-        (5, {"process_count": 2}, "batch_size=5 must be a positive multiple of process_count=2"),
+        (4, {"rows": (3, 4)}, r"rows=\[3, 4\] must be some of the 4 of the batch"),
+        (4, {"rows": ()}, r"rows=\[\] must be some"),
         (0, {}, "batch_size=0"),
-        (4, {"process_index": 2, "process_count": 2}, "process_index=2 must be in"),
         (4, {"start_step": -1}, "start_step=-1 must not be negative"),
     ],
 )
