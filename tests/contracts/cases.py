@@ -69,6 +69,7 @@ ROUTER_CASES: dict[str, Case] = {
     "switch": Case(moe(1), "relu"),
     "switch_small_groups": Case(moe(1, scope="sequence", group_size=4), "gelu"),
     "switch_shared": Case(moe(1, scope="group", num_shared=2), "geglu"),
+    "switch_sample": Case(moe(1, {"sample": True}, priority="token"), "relu", training=False),
     "top2": Case(moe(2, scope="group")),
     "top2_token": Case(moe(2, {"renormalise": "before_drop"}, "sequence", priority="token")),
     "top2_after_drop": Case(moe(2, {"renormalise": "after_drop"})),

@@ -122,9 +122,9 @@ def test_bfloat16_is_close_and_keeps_the_statistics_in_float32(name, dispatcher)
 
 
 def noisy(dispatcher):
-    """Everything random at once: jitter, the policy for the second expert, expert dropout."""
+    """Everything random at once: jitter, dropout of inputs and experts, drawn experts, a policy for the second one."""
     case = cases.dispatched(cases.ROUTER_CASES["top2_token"], dispatcher)
-    router = case.moe.router.replace(jitter=0.3, second_expert="gshard")
+    router = case.moe.router.replace(jitter=0.3, input_dropout=0.2, sample=True, second_expert="gshard")
     return dataclasses.replace(case, moe=case.moe.replace(router=router, expert_dropout=0.3, num_shared=1))
 
 

@@ -26,6 +26,7 @@ NOISY: dict[str, MoEConfig] = {
     ),
     "fixed_noise": cases.moe(2, FixedNoise(importance=1.0, load=1.0), priority="batch", allow_non_causal=True),
     "sparse_mixer": cases.moe(2, SparseMixer(jitter=0.3), priority="token"),
+    "sample": cases.moe(2, {"sample": True, "input_dropout": 0.1}, priority="token"),
 }
 RANDOM = cases.moe(2, {"renormalise": "after_drop"}, priority="random", allow_non_causal=True)
 

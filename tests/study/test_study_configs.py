@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from sparse_lm.moe.conventions import convert_capacity
+from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.study.claims import Within
 from sparse_lm.study.plan import Plan, make_plan
 from sparse_lm.study.study import load_study
@@ -154,7 +155,26 @@ def test_precision_changes_the_type_alone():
         "dense": "float32",
         "float32": "float32",
         "selective": "bfloat16",
+        "all_bfloat16": "bfloat16",
     }
+    routers = {name: moe.router.dtype for name, moe in layers("precision").items()}
+    assert routers == {"float32": "float32", "selective": "float32", "all_bfloat16": "bfloat16"}
+    assert len({moe.replace(router__dtype="float32") for moe in layers("precision").values()}) == 1
+
+
+def test_each_arm_of_exploration_explores_in_one_way():
+    found = {name: moe.router for name, moe in layers("jitter").items()}
+    noise = found.pop("logit_noise")
+    assert noise.kind == "fixed_noise" and noise.noise > 0
+    ways = {name: (router.sample, router.input_dropout, router.jitter) for name, router in found.items()}
+    assert ways == {
+        "argmax": (False, 0, 0),
+        "sample": (True, 0, 0),
+        "input_dropout": (False, 0.1, 0),
+        "jitter_0.01": (False, 0, 0.01),
+        "jitter_0.3": (False, 0, 0.3),
+    }
+    assert all(router.replace(sample=False, input_dropout=0.0, jitter=0.0) == TopK() for router in found.values())
 
 
 def test_equal_flops_gives_wide_experts_fewer_steps():

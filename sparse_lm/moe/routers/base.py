@@ -32,7 +32,7 @@ class RouterState(nnx.Variable):
 
 
 class Router(nnx.Module, abc.ABC):
-    """Decides which experts see which tokens. All arithmetic is float32, whatever the dtype of x.
+    """Decides which experts see which tokens. All arithmetic is float32, whatever the dtype of x; `TopK` has an option.
 
     A router does not count: sums over its decisions are made in `sparse_lm.moe.stats`, the same for all.
     """
@@ -93,9 +93,17 @@ PLAIN = Extras()
 class LinearScores(nnx.Module):
     """The linear map from tokens to a logit per expert, in float32 (selective precision: Fedus et al. 2021, 2.4)."""
 
-    def __init__(self, key: jax.Array, shape: RouterShape, init_scale: float, rules: Rules, extras: Extras = PLAIN):
-        """extras: what the logits have beside."""
-        self.rules = rules
+    def __init__(
+        self,
+        key: jax.Array,
+        shape: RouterShape,
+        init_scale: float,
+        rules: Rules,
+        extras: Extras = PLAIN,
+        dtype: str = "float32",
+    ):
+        """extras: what the logits have beside. dtype: whose digits the products have, see `rounded`."""
+        self.rules, self.dtype = rules, dtype
         bias, pathway = extras
         self.logit_bias_E = nnx.Param(jnp.zeros((shape.num_experts,), jnp.float32)) if bias else None
         self.weight_DE = nnx.Param(fan_in_normal(key, (shape.d_model, shape.num_experts), shape.d_model, init_scale))
@@ -109,18 +117,26 @@ class LinearScores(nnx.Module):
         key: jax.Array | None,
         carried_GSE: Float[Array, "G S E"] | None = None,
     ) -> Float[Array, "G S E"]:
-        """Logits. jitter: the input is multiplied by a uniform number in [1 - jitter, 1 + jitter], in training only.
+        """Logits, float32.
 
+        jitter: the input is multiplied by a uniform number in [1 - jitter, 1 + jitter], in training only.
         carried_GSE: the logits of the sparse layer before, if the pathway counts; None is 0.
         """
-        x_GSD = x_GSD.astype(jnp.float32)
+        rules, dtype = self.rules, self.dtype
+        x_GSD = rounded(x_GSD, dtype)
         if jitter > 0 and key is not None:
-            noise = jax.random.uniform(key, x_GSD.shape, jnp.float32, 1 - jitter, 1 + jitter)
-            x_GSD = x_GSD * self.rules.constrain(noise, "GSD")
-        logits_GSE = self.rules.einsum("GSD,DE->GSE", x_GSD, self.rules.whole(self.weight_DE[...]))
+            noise = rounded(jax.random.uniform(key, x_GSD.shape, jnp.float32, 1 - jitter, 1 + jitter), dtype)
+            x_GSD = rounded(x_GSD * rules.constrain(noise, "GSD"), dtype)
+        logits_GSE = rules.einsum("GSD,DE->GSE", x_GSD, rounded(rules.whole(self.weight_DE[...]), dtype))
         if self.logit_bias_E is not None:
-            logits_GSE = logits_GSE + self.rules.whole(self.logit_bias_E[...])
+            logits_GSE = logits_GSE + rounded(rules.whole(self.logit_bias_E[...]), dtype)
         if self.pathway_KE is not None and carried_GSE is not None:
-            weight_KE = self.rules.whole(self.pathway_KE[...])
-            logits_GSE = logits_GSE + self.rules.einsum("GSK,KE->GSE", carried_GSE, weight_KE)
-        return logits_GSE
+            weight_KE = rounded(rules.whole(self.pathway_KE[...]), dtype)
+            logits_GSE = logits_GSE + rules.einsum("GSK,KE->GSE", carried_GSE, weight_KE)
+        return rounded(logits_GSE, dtype)
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as float32 with the digits of `dtype`. A cast alone would not do: XLA keeps digits within what it fuses."""
+    x, digits = x.astype(jnp.float32), jnp.finfo(dtype)
+    return x if dtype == "float32" else jax.lax.reduce_precision(x, digits.nexp, digits.nmant)
