@@ -1,29 +1,41 @@
 """What a run will need, before it runs: parameters, bytes per device, communication and FLOPs of its train step.
 
-Nothing is trained and no data are read. The train step that is compiled here is the one that training compiles.
+Nothing is trained, nothing is allocated and no data are read. The train step that is compiled here is the one that
+training compiles, for devices that are there, for virtual ones, or for a TPU slice that is only described. Where
+nothing can be compiled, `planning.estimate` stands in, and the plan says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 import time
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from sparse_lm.batch import Batch
+from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment, resolved
-from sparse_lm.models.counts import count, table
+from sparse_lm.models.counts import count
 from sparse_lm.optim.build import build_optimizer
-from sparse_lm.planning.hlo import Collective, collectives
-from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded
+from sparse_lm.planning.chips import Chip, cannot_compile, chip_of, described_devices, parse_topology
+from sparse_lm.planning.collectives import Collective, collectives
+from sparse_lm.planning.estimate import Estimate, estimate
+from sparse_lm.planning.hlo import parse
+from sparse_lm.planning.roofline import Roofline, roofline
+from sparse_lm.planning.work import Buffer, Work, largest, work
+from sparse_lm.sharding import DEFAULT, MESH_AXES, Rules, abstract_sharded, make_mesh
 from sparse_lm.train.restore import tokenizer_of
 from sparse_lm.train.state import TrainState, create_state
 from sparse_lm.train.step import make_train_step
+
+LARGEST = 40  # arrays that a plan remembers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +46,20 @@ class StateBytes:
     optimizer: int
     gradients: int
 
+    @property
+    def kept(self) -> int:
+        """Bytes between two steps."""
+        return self.parameters + self.optimizer
+
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says about the train step; bytes, FLOPs and collectives are those of one device.
+    """What the compiler says about the train step; all of it is of one device.
 
     arguments: state, batch and key. outputs: new state and metrics. aliased: of the outputs, what takes the place of
     arguments, because the state is donated. temporaries: everything in between: activations, gradients, buffers.
-    flops: XLA's own estimate, or None where it makes none; the body of a loop, such as that over layers or over
-    microbatches, counts once, however often it runs. seconds: of trace and compilation, or of loading it from a cache.
+    work, collectives, largest: from the text of the compiled program, loops counted by their iterations. seconds: of
+    trace and compilation, or of loading it from a cache.
     """
 
     seconds: float
@@ -50,13 +67,26 @@ class CompiledStep:
     outputs: int
     aliased: int
     temporaries: int
-    flops: float | None
+    work: Work
     collectives: tuple[Collective, ...]
+    largest: tuple[Buffer, ...]
 
     @property
     def peak(self) -> int:
         """An upper bound of the bytes in use at once."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """The compiler gave up. needed: bytes of a device that it would have needed, None where it does not say.
+
+    message: its own words, which name the largest arrays.
+    """
+
+    seconds: float
+    needed: int | None
+    message: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +101,83 @@ class PartRow:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """See the module. model_flops: of one step over all devices, by the conventions of `models.counts`."""
+    """See the module. model_flops: of one step over all devices, by the conventions of `models.counts`.
+
+    chip: what is known of the device, None where nothing is. compiled: the compiled step; or why there is none: that it
+    is too large for a device, in words that it could not be tried, or None when it was not asked for.
+    """
 
     mesh: dict[str, int]
     device_kind: str
+    chip: Chip | None
     tokens_per_step: int
     model_flops: int
     parts: tuple[PartRow, ...]
     state: StateBytes
-    compiled: CompiledStep | None
+    estimate: Estimate
+    compiled: CompiledStep | OutOfMemory | str | None
+
+    @property
+    def step(self) -> CompiledStep | None:
+        """The compiled step if there is one."""
+        return self.compiled if isinstance(self.compiled, CompiledStep) else None
+
+    @property
+    def source(self) -> str:
+        """Where `peak` comes from: `compiled` or `estimated`."""
+        told = isinstance(self.compiled, OutOfMemory) and self.compiled.needed is not None
+        return "compiled" if self.step or told else "estimated"
+
+    @property
+    def estimated_peak(self) -> int:
+        """The bytes of a device by formulas alone."""
+        return self.state.kept + self.state.gradients + self.estimate.activations + self.estimate.working
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device that are in use at once, at most."""
+        if isinstance(self.compiled, OutOfMemory) and self.compiled.needed is not None:
+            return self.compiled.needed
+        return self.step.peak if self.step else self.estimated_peak
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has that much memory; None where it is not known."""
+        if isinstance(self.compiled, OutOfMemory):
+            return False
+        return None if self.chip is None else self.peak <= self.chip.hbm
+
+    @property
+    def flops(self) -> int:
+        """Executed by one device in a step."""
+        return self.step.work.flops if self.step else self.estimate.flops
+
+    @property
+    def overhead(self) -> float:
+        """Executed FLOPs over those of the model."""
+        return self.flops * math.prod(self.mesh.values()) / self.model_flops
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """What the devices exchange in a step."""
+        return self.step.collectives if self.step else self.estimate.collectives
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """What the step takes at least, where the chip is known."""
+        if self.chip is None:
+            return None
+        flops = (self.flops, self.model_flops / math.prod(self.mesh.values()))
+        moved = self.step.work.memory_bytes if self.step else self.estimate.memory_bytes
+        return roofline(self.chip, self.mesh, flops, moved, self.collectives)
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the plan, ready for `json.dump`."""
-        values = dataclasses.asdict(self)
-        if self.compiled is not None:
-            values["compiled"]["peak"] = self.compiled.peak
+        found, values = self.roofline, dataclasses.asdict(self)
+        values |= {"peak": self.peak, "source": self.source, "fits": self.fits, "overhead": self.overhead}
+        if found is not None:
+            bounds = {name: getattr(found, name) for name in ("overlapped", "serial", "bound", "utilisation")}
+            values["roofline"] = {**dataclasses.asdict(found), **bounds}
         return values
 
 
@@ -97,15 +189,52 @@ def resolve(experiment: Experiment) -> Experiment:
     return resolved(experiment, tokenizer_of(experiment.data).vocab_size)
 
 
-def make_plan(experiment: Experiment, mesh: Mesh, compile_step: bool = True, rules: Rules = DEFAULT) -> Plan:
-    """The plan of a resolved experiment on a mesh, which may be one of devices that are only described.
+def plan_here(experiment: Experiment, compile_step: bool = True) -> Plan:
+    """The plan of a resolved experiment on the devices that are here, real or virtual.
+
+    Raises `ConfigError` when the experiment does not fit them.
+    """
+    mesh = make_mesh(experiment.mesh_sizes(jax.device_count()))
+    return make_plan(experiment, mesh, compile_step, chip=chip_of(mesh.devices.flat[0].device_kind))
+
+
+def plan_topology(experiment: Experiment, name: str, compile_step: bool = True) -> Plan:
+    """The plan of a resolved experiment on a slice that is only described, such as v5p:4x4x4: compiled where possible.
+
+    Raises `ConfigError` when the experiment does not fit the slice, or the slice does not exist.
+    """
+    topology = parse_topology(name)
+    sizes = experiment.mesh_sizes(topology.size)
+    missing = cannot_compile(topology)
+    if compile_step and missing is None:
+        devices = described_devices(topology)
+        try:
+            mesh = make_mesh(sizes, devices)
+        except NotImplementedError as error:
+            raise ConfigError(
+                "mesh", sizes, f"an axis is not a product of sides of {topology.name}; choose others ({error})"
+            ) from error
+        return make_plan(experiment, mesh, chip=topology.chip)
+    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    plan = make_plan(experiment, mesh, compile_step=False, chip=topology.chip)
+    return dataclasses.replace(plan, compiled=missing if compile_step else None)
+
+
+def make_plan(
+    experiment: Experiment,
+    mesh: Mesh | AbstractMesh,
+    compile_step: bool = True,
+    rules: Rules = DEFAULT,
+    chip: Chip | None = None,
+) -> Plan:
+    """The plan of a resolved experiment on a mesh: of devices, described devices, or of none at all (not to compile).
 
     Nothing is allocated on the devices. Raises `ConfigError` when the experiment does not fit the mesh.
     """
     experiment.mesh_sizes(mesh.size)
-    with jax.set_mesh(mesh):
+    with _using(mesh):
         state = abstract_state(experiment, mesh, rules)
-        compiled = _compile(experiment, state, mesh, rules) if compile_step else None
+        compiled = _compile(experiment, state, cast(Mesh, mesh), rules) if compile_step else None
     model, length = experiment.model, experiment.data.length
     counts = count(model)
     parts = tuple(
@@ -113,25 +242,33 @@ def make_plan(experiment: Experiment, mesh: Mesh, compile_step: bool = True, rul
     )
     tokens = experiment.train.batch_size * length
     parameters = device_bytes(nnx.split(state.model, nnx.Param, ...)[1])
+    sizes = dict(mesh.shape)
+    bytes_ = StateBytes(parameters, device_bytes(state.optimizer), parameters)
     return Plan(
-        mesh=dict(mesh.shape),
-        device_kind=mesh.devices.flat[0].device_kind,
+        mesh=sizes,
+        device_kind=mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else chip.kind if chip else "none",
+        chip=chip,
         tokens_per_step=tokens,
         model_flops=tokens * counts.flops_per_token(length),
         parts=parts,
-        state=StateBytes(parameters, device_bytes(state.optimizer), parameters),
+        state=bytes_,
+        estimate=estimate(experiment, sizes, bytes_.parameters, bytes_.optimizer),
         compiled=compiled,
     )
 
 
-def abstract_state(experiment: Experiment, mesh: Mesh, rules: Rules = DEFAULT) -> TrainState:
+def _using(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> TrainState:
     """Shapes, dtypes and shardings of the state that training starts from. Call under `jax.set_mesh(mesh)`."""
     optimizer = build_optimizer(experiment.optim, experiment.train.steps)
 
     def create(key):
         return create_state(key, experiment.model, optimizer, rules)
 
-    return abstract_sharded(jax.eval_shape(create, _abstract_key()), rules, mesh)
+    return abstract_sharded(jax.eval_shape(create, _abstract_key()), rules, cast(Mesh, mesh))
 
 
 def device_bytes(tree: Any) -> int:
@@ -143,7 +280,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules) -> CompiledStep:
+def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules) -> CompiledStep | OutOfMemory:
     train = experiment.train
     shape = (train.batch_size, experiment.data.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, rules.act("BL")))
@@ -152,84 +289,32 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules
     domains = experiment.data.grammar.num_domains if experiment.data.source == "grammar" else 1
     step = cast(Any, make_train_step(build_optimizer(experiment.optim, train.steps), train.accumulate, domains))
     start = time.perf_counter()
-    compiled = step.lower(state, batch, _abstract_key()).compile()
+    lowered = step.lower(state, batch, _abstract_key())
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return OutOfMemory(time.perf_counter() - start, needed_bytes(str(error)), str(error))
     seconds = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, program = compiled.memory_analysis(), parse(compiled.as_text())
     return CompiledStep(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        flops=cost.get("flops"),
-        collectives=collectives(compiled.as_text()),
+        work=work(program),
+        collectives=collectives(program, dict(mesh.shape)),
+        largest=largest(program, LARGEST),
     )
+
+
+def needed_bytes(message: str) -> int | None:
+    """What a program needs on a device, from the message of a compiler that found it too large; None if not said."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ", message)
+    return None if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
 
 
 def _abstract_key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def describe(plan: Plan, experiment: Experiment) -> str:
-    """The plan as text to print. experiment: the one that the plan was made for."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one"
-    lines = [table(experiment.model, experiment.data.length), f"devices: {mesh} ({plan.device_kind})", ""]
-    state = plan.state
-    total = state.parameters + state.optimizer
-    lines += _aligned(
-        [
-            ("bytes per device", ""),
-            ("  parameters", _binary(state.parameters)),
-            ("  optimizer state", _binary(state.optimizer)),
-            ("  kept between steps", _binary(total)),
-            ("  gradients", _binary(state.gradients)),
-        ]
-    )
-    if plan.compiled is not None:
-        lines += ["", *_describe_compiled(plan.compiled)]
-    lines += ["", f"model FLOPs per step: {plan.model_flops:.4g} ({plan.tokens_per_step:,} tokens, all devices)"]
-    flops = plan.compiled.flops if plan.compiled else None
-    if flops is not None:
-        lines.append(
-            f"XLA's estimate: {flops:.4g} per device; it counts the body of a loop (layers, microbatches) once"
-        )
-    return "\n".join(lines)
-
-
-def _describe_compiled(step: CompiledStep) -> list[str]:
-    rows = [
-        ("arguments", step.arguments),
-        ("outputs", step.outputs),
-        ("of them in place of arguments", step.aliased),
-        ("temporaries", step.temporaries),
-        ("at most in use", step.peak),
-    ]
-    lines = [f"train step, compiled in {step.seconds:.1f} s; bytes per device"]
-    lines += _aligned([(f"  {name}", _binary(size)) for name, size in rows])
-    if not step.collectives:
-        return [*lines, "", "collectives: none"]
-    cells = [
-        (f"  {c.kind}", f"{c.count:,} x", _binary(c.bytes), "" if c.exact else "(at least)") for c in step.collectives
-    ]
-    lines += ["", "collectives per step, and bytes of operand or result per device", *_aligned(cells)]
-    if not all(found.exact for found in step.collectives):
-        lines.append("  (at least): some are in a loop of unknown length, counted as one iteration, or in a branch")
-    return lines
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, len(row)))]).rstrip()
-        for row in rows
-    ]
-
-
-def _binary(size: int) -> str:
-    """Bytes as a person reads them: 1536 is 1.5 KiB."""
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{size:,} B" if unit == "B" else f"{value:.4g} {unit}"

@@ -1,182 +1,176 @@
-"""Collectives are counted as often as they run, with the bytes that they move."""
+"""Instructions are read with their types, and run as often as the loops around them say."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from sparse_lm.planning.hlo import KINDS, Collective, collectives
+from sparse_lm.planning.hlo import ArrayType, array_types, parse
 
-ADD = """
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
+LOOP = """
+HloModule jit_step
+
+%body.1 (c: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %c = (s32[], f32[4]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %v = f32[4]{{0}} get-tuple-element(%c), index=1
+  %step = s32[] constant({step})
+  %next = s32[] add(%i, %step)
+  %w = f32[4]{{0}} negate(%v)
+  ROOT %t = (s32[], f32[4]{{0}}) tuple(%next, %w)
+}}
+
+%condition.1 (d: (s32[], f32[4])) -> pred[] {{
+  %bound = s32[]{{:T(128)}} constant({bound})
+  %d = (s32[], f32[4]{{0}}) parameter(0)
+  %j = s32[] get-tuple-element(%d), index=0
+  ROOT %less = pred[] compare(%j, %bound), direction={direction}, metadata={{op_name="jit(step)/while/cond/lt"}}
+}}
+
+ENTRY %main.9 (y: f32[4]) -> (s32[], f32[4]) {{
+  %y = f32[4]{{0}} parameter(0)
+  %zero = s32[] constant({start})
+  %copy.1 = s32[] copy(%zero)
+  %x = (s32[], f32[4]{{0}}) tuple(%copy.1, %y)
+  ROOT %while.1 = (s32[], f32[4]{{0}}) while(%x), condition=%condition.1, body=%body.1{noted}
+}}
 """
 
 
-def entry(*lines: str, before: str = "") -> str:
-    body = "\n".join(f"  {line}" for line in lines)
-    return f"HloModule jit_step\n{ADD}{before}\nENTRY %main.9 (x: f32[8,4]) -> f32[8,4] {{\n{body}\n}}\n"
+def text(bound=6, step=1, direction="LT", noted="", start=0):
+    return LOOP.format(bound=bound, step=step, direction=direction, noted=noted, start=start)
 
 
-def loop(config: str) -> str:
-    """A program with a loop around one all-reduce of 16 bytes."""
-    body = """
-%body.1 (c: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %c = (s32[], f32[4]{0}) parameter(0)
-  %v = f32[4]{0} get-tuple-element(%c), index=1
-  %all-reduce.7 = f32[4]{0} all-reduce(%v), channel_id=1, replica_groups={{0,1}}, to_apply=%add
-  ROOT %t = (s32[], f32[4]{0}) tuple(%v, %all-reduce.7)
-}
+def loop(**options):
+    return parse(text(**options))
 
-%condition.1 (c: (s32[], f32[4])) -> pred[] {
-  %c = (s32[], f32[4]{0}) parameter(0)
-  ROOT %less = pred[] constant(true)
+
+def runs(program, opcode):
+    """(times, exact) of the instructions with this opcode."""
+    return [(e.times, e.exact) for e in program.executions() if e.instruction.opcode == opcode]
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        ({}, 6),
+        ({"step": 2}, 3),
+        ({"step": 4}, 2),
+        ({"direction": "LE"}, 7),
+        ({"bound": 0}, 0),
+        ({"start": 4}, 2),
+        ({"start": 9}, 0),
+    ],
+)
+def test_the_condition_tells_the_length_of_a_loop(options, times):
+    assert runs(loop(**options), "negate") == [(times, True)]
+
+
+def test_what_the_compiler_noted_goes_first():
+    noted = ', backend_config={"known_trip_count":{"n":"9"}}'
+    assert runs(loop(noted=noted), "negate") == [(9, True)]
+
+
+@pytest.mark.parametrize("options", [{"direction": "GT"}, {"direction": "NE"}, {"step": 0}, {"step": -1}])
+def test_a_loop_that_does_not_count_up_is_not_known(options):
+    assert runs(loop(**options), "negate") == [(1, False)]
+
+
+def test_a_loop_without_a_bound_is_not_known():
+    for known, unknown in (
+        ("constant(6)", "get-tuple-element(%d), index=0"),  # the bound
+        ("constant(1)", "get-tuple-element(%c), index=0"),  # the step
+        ("constant(0)", "parameter(1)"),  # the start
+        ("condition=%condition.1, ", ""),
+    ):
+        assert runs(parse(text().replace(known, unknown)), "negate") == [(1, False)]
+
+
+def test_loops_within_loops_multiply():
+    inner = text(bound=3).replace("ENTRY %main.9", "%called")
+    inner = inner.replace("body.1", "body.0").replace("condition.1", "condition.0").replace("HloModule jit_step", "")
+    outer = text(bound=5).replace("%w = f32[4]{0} negate(%v)", "%w = f32[4]{0} call(%v), to_apply=%called")
+    assert runs(parse(inner + outer), "negate") == [(15, True)]
+
+
+def test_a_counter_in_a_fusion_is_followed():
+    added = """
+%added (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %sum = s32[] add(%a, %b)
 }
 """
-    return entry(
-        "%x = (s32[], f32[4]{0}) parameter(0)",
-        f"ROOT %while.1 = (s32[], f32[4]{{0}}) while(%x), condition=%condition.1, body=%body.1{config}",
-        before=body,
-    )
+    fused = text(bound=8, step=2).replace("add(%i, %step)", "fusion(%i, %step), kind=kLoop, calls=%added")
+    assert runs(parse(added + fused), "negate") == [(4, True)]
 
 
-# (lines of the entry, kind, bytes): what an all-gather yields and a reduce-scatter takes.
-SINGLE = [
-    (["%x = f32[8,4]{1,0} parameter(0)", "%y = f32[16,4]{1,0} all-gather(%x), dimensions={0}"], "all-gather", 256),
-    (
-        ["%x = f32[8,4]{1,0} parameter(0)", "%y = f32[2,4]{1,0} reduce-scatter(%x), to_apply=%add"],
-        "reduce-scatter",
-        128,
-    ),
-    (["%x = bf16[8,4]{1,0} parameter(0)", "%y = bf16[8,4]{1,0} all-reduce(%x), to_apply=%add"], "all-reduce", 64),
-    (["%x = pred[3]{0} parameter(0)", "%y = pred[3]{0} collective-permute(%x)"], "collective-permute", 3),
-    (["%x = s32[] parameter(0)", "%y = s32[] all-reduce(%x), to_apply=%add"], "all-reduce", 4),
-    (
-        [
-            "%x = f32[2]{0} parameter(0)",
-            "%y = f8e4m3fn[2]{0} parameter(1)",
-            "%z = (f32[2]{0}, /*index=1*/f8e4m3fn[2]{0}) all-to-all(%x, %y), replica_groups={{0,1}}",
-        ],
-        "all-to-all",
-        10,
-    ),
-    (
-        [
-            "%x = f32[2]{0:T(128)} parameter(0)",
-            "%s = (f32[2]{0:T(128)}, f32[8]{0:T(128)}) all-gather-start(%x), dimensions={0}",
-            "%y = f32[8]{0:T(128)} all-gather-done(%s)",
-        ],
-        "all-gather",
-        32,
-    ),
-    (
-        [
-            "%x = f32[8]{0} parameter(0)",
-            "%s = f32[8]{0} all-reduce-start(%x), to_apply=%add",
-            "%y = f32[8]{0} all-reduce-done(%s)",
-        ],
-        "all-reduce",
-        32,
-    ),
-]
+def test_scopes_look_through_fusions():
+    program = """
+%inner (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %n = f32[4]{0} negate(%p)
+}
+
+%outer (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %f = f32[4]{0} fusion(%q), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %g = f32[4]{0} fusion(%x), kind=kLoop, calls=%outer
+}
+"""
+    [found] = [e for e in parse(program).executions() if e.instruction.opcode == "negate"]
+    assert (found.computation, found.scope) == ("inner", "main")
 
 
-@pytest.mark.parametrize(("lines", "kind", "size"), SINGLE, ids=[f"{case[1]}-{i}" for i, case in enumerate(SINGLE)])
-def test_one_collective(lines, kind, size):
-    assert collectives(entry(*lines)) == (Collective(kind, 1, size, exact=True),)
+def test_an_instruction_has_its_name_operands_and_source():
+    program = """
+ENTRY %main (x: f32[4]) -> (f32[4], f32[4]) {
+  %x = f32[4]{0} parameter(0)
+  ROOT %t.2 = (f32[4]{0}, /*index=1*/f32[4]{0}) tuple(%x, %x), metadata={op_name="jit(step)/add" stack_frame_id=3}
+}
+"""
+    instruction = parse(program).computations["main"][-1]
+    assert (instruction.name, instruction.opcode, instruction.operands) == ("t.2", "tuple", ("x", "x"))
+    assert (instruction.root, instruction.bytes, instruction.op_name) == (True, 32, "jit(step)/add")
 
 
-def test_kinds_come_in_order_and_the_others_are_left_out():
-    lines = ["%x = f32[2]{0} parameter(0)"]
-    lines += [f"%y{i} = f32[2]{{0}} {kind}(%x)" for i, kind in enumerate(reversed(KINDS)) if kind != "all-reduce"]
-    assert [found.kind for found in collectives(entry(*lines))] == [kind for kind in KINDS if kind != "all-reduce"]
+@pytest.mark.parametrize(
+    ("written", "expected", "size", "padded"),
+    [
+        ("f32[8,4]{1,0}", ArrayType("f32", (8, 4), (1, 0)), 128, 128),
+        ("bf16[3,5]{1,0:T(8,128)(2,1)}", ArrayType("bf16", (3, 5), (1, 0), (8, 128)), 30, 2 * 8 * 128),
+        ("bf16[3,5]{0,1:T(8,128)(2,1)S(1)}", ArrayType("bf16", (3, 5), (0, 1), (8, 128), 1), 30, 2 * 8 * 128),
+        ("f32[2,9,100]{1,2,0:T(8,128)}", ArrayType("f32", (2, 9, 100), (1, 2, 0), (8, 128)), 7200, 4 * 2 * 128 * 104),
+        ("s32[]{:T(128)}", ArrayType("s32", (), (), (128,)), 4, 4),
+        ("pred[3]", ArrayType("pred", (3,)), 3, 3),
+        ("u4[3]{0}", ArrayType("u4", (3,), (0,)), 2, 2),
+        ("f32[<=8]{0}", ArrayType("f32", (8,), (0,)), 32, 32),
+        ("token[]", ArrayType("token", ()), 0, 0),
+    ],
+)
+def test_types(written, expected, size, padded):
+    [found] = array_types(written)
+    assert (found, found.bytes, found.padded_bytes) == (expected, size, padded)
 
 
-def test_what_only_names_a_collective_is_none():
-    lines = [
-        "%all-gather.3 = f32[8,4]{1,0} parameter(0)",
-        '%y = f32[8,4]{1,0} copy(%all-gather.3), metadata={op_name="jit(step)/all-gather(x)"}',
-    ]
-    assert collectives(entry(*lines)) == ()
-
-
-def test_a_loop_of_known_length_multiplies():
-    config = ', backend_config={"known_init_step":{"init":"0","step":"1"},"known_trip_count":{"n":"5"}}'
-    assert collectives(loop(config)) == (Collective("all-reduce", 5, 80, exact=True),)
-
-
-def test_a_loop_of_unknown_length_counts_once_and_says_so():
-    assert collectives(loop("")) == (Collective("all-reduce", 1, 16, exact=False),)
-
-
-def test_a_loop_of_unknown_length_without_collectives_leaves_the_others_exact():
-    quiet = loop("").replace("all-reduce(%v), channel_id=1, replica_groups={{0,1}}, to_apply=%add", "negate(%v)")
-    lines = "  %v2 = f32[4]{0} parameter(1)\n  %g = f32[8]{0} all-gather(%v2)\n  ROOT %while.1"
-    assert collectives(quiet.replace("  ROOT %while.1", lines)) == (Collective("all-gather", 1, 32, exact=True),)
-
-
-def test_every_branch_counts_and_is_not_exact():
-    branches = "".join(
-        f"\n%branch{i} (v: f32[4]) -> f32[4] {{\n  %v = f32[4]{{0}} parameter(0)\n"
-        f"  ROOT %r = f32[4]{{0}} all-reduce(%v), to_apply=%add\n}}\n"
-        for i in range(2)
-    )
-    text = entry(
-        "%p = s32[] parameter(0)",
-        "%v = f32[4]{0} parameter(1)",
-        "ROOT %c = f32[4]{0} conditional(%p, %v, %v), branch_computations={%branch0, %branch1}",
-        before=branches,
-    )
-    assert collectives(text) == (Collective("all-reduce", 2, 32, exact=False),)
-
-
-def test_a_computation_that_is_called_twice_counts_twice():
-    called = (
-        "\n%inner (v: f32[4]) -> f32[4] {\n  %v = f32[4]{0} parameter(0)\n  ROOT %r = f32[4]{0} all-reduce(%v)\n}\n"
-    )
-    lines = ["%v = f32[4]{0} parameter(0)", *(f"%c{i} = f32[4]{{0}} call(%v), to_apply=%inner" for i in range(2))]
-    assert collectives(entry(*lines, before=called)) == (Collective("all-reduce", 2, 32),)
-
-
-def test_a_wrapped_asynchronous_collective_counts_once():
-    body = "  %v = f32[4]{0} parameter(0)\n  ROOT %r = f32[2]{0} reduce-scatter(%v)"
-    called = f"\n%wrapped (v: f32[4]) -> f32[2] {{\n{body}\n}}\n"
-    lines = [
-        "%v = f32[4]{0} parameter(0)",
-        "%s = ((f32[4]{0}), f32[2]{0}, u32[]) async-start(%v), calls=%wrapped",
-        "ROOT %d = f32[2]{0} async-done(%s), calls=%wrapped",
-    ]
-    assert collectives(entry(*lines, before=called)) == (Collective("reduce-scatter", 1, 16),)
+def test_the_types_of_a_tuple():
+    assert [array.bytes for array in array_types("(f32[4]{0:T(128)}, (bf16[2]{0}, s32[]))")] == [16, 4, 4]
 
 
 def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        collectives(ADD)
+        parse("%add (a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n")
 
 
-def test_a_compiled_scan_is_counted_by_its_length(mesh_of):
-    mesh = mesh_of(expert=4)
+def test_a_compiled_scan_runs_its_body_by_its_length():
+    def f(x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, length=7)[0]
 
-    @functools.partial(jax.shard_map, in_specs=P("expert"), out_specs=P("expert"))
-    def exchanged(x):
-        def body(x, _):
-            return jax.lax.all_to_all(jnp.sin(x), "expert", split_axis=1, concat_axis=0, tiled=True).reshape(
-                x.shape
-            ), None
-
-        return jax.lax.scan(body, x, None, length=7)[0]
-
-    with jax.set_mesh(mesh):
-        x = jnp.ones((16, 8), out_sharding=P("expert"))
-        compiled = jax.jit(exchanged).lower(x).compile()
-    # A device has 4 x 8 float32 of them and exchanges all of these, once per iteration.
-    text = compiled.as_text()
-    assert text is not None
-    assert collectives(text) == (Collective("all-to-all", 7, 7 * 4 * 8 * 4),)
+    compiled = jax.jit(f).lower(jnp.ones((4, 4))).compile().as_text()
+    assert compiled is not None
+    assert sum(times for times, _ in runs(parse(compiled), "tanh")) == 7

@@ -1,0 +1,145 @@
+"""What a step needs, by formulas instead of the compiler: for a first look, for GPUs, and to sort changes by.
+
+The formulas know the largest arrays and no scheduling. Their figures are for comparing variants; beside compiled ones
+they are a check. What is a bound of what the compiler finds, and how far off they were, stands in docs/plans.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from sparse_lm.experiment import Experiment
+from sparse_lm.models.counts import count
+from sparse_lm.nn.mlp import GATED
+from sparse_lm.planning.collectives import Collective
+from sparse_lm.sharding import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device and one step.
+
+    activations: bytes that the forward pass keeps for the backward one. working: bytes of the largest layer or of the
+    loss while it is computed, and of weights gathered for it. flops: executed, with recomputation and empty slots.
+    memory_bytes: moved to and from main memory. collectives: by kind and axes.
+    """
+
+    activations: int
+    working: int
+    flops: int
+    memory_bytes: int
+    collectives: tuple[Collective, ...]
+
+
+def estimate(experiment: Experiment, mesh: Mapping[str, int], parameters: int, optimizer: int) -> Estimate:
+    """The estimate of a resolved experiment on a mesh. parameters, optimizer: bytes of them on a device."""
+    sizes = _Sizes.of(experiment, mesh)
+    kept = {"none": sizes.inside, "full": sizes.tokens * sizes.width}.get(experiment.model.remat, sizes.products)
+    layers, repeats = experiment.model.num_layers, experiment.train.accumulate
+    working = max(sizes.logits, sizes.inside + 2 * sizes.gathered)
+    if repeats > 1:
+        working += parameters  # the sum of gradients beside those of the microbatch
+    activations = layers * kept
+    passes = 2 if experiment.model.remat == "none" else 3
+    moved = 3 * (parameters + optimizer) + repeats * passes * layers * (2 * sizes.inside + 2 * sizes.gathered)
+    return Estimate(
+        activations=int(activations),
+        working=int(working),
+        flops=int(sizes.flops / math.prod(mesh.values())),
+        memory_bytes=int(moved + 4 * repeats * sizes.logits),
+        collectives=_moves(experiment, mesh, sizes, repeats),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """tokens: of a device in one microbatch. width: bytes of an activation vector. The rest in bytes: what a layer
+    computes (`inside`), of that the results of its products (`products`), its weights as they are used (`gathered`),
+    and logits with their gradient. flops: executed by all devices in a step.
+    """
+
+    tokens: int
+    width: int
+    inside: float
+    products: float
+    gathered: float
+    logits: float
+    flops: float
+
+    @classmethod
+    def of(cls, experiment: Experiment, mesh: Mapping[str, int]) -> _Sizes:
+        """Of a resolved experiment on a mesh."""
+        model, length = experiment.model, experiment.data.length
+        rows = experiment.train.batch_size / math.prod(mesh[axis] for axis in BATCH_AXES if axis in mesh)
+        tokens = max(1, int(rows * length / experiment.train.accumulate))
+        element = 2 if model.dtype == "bfloat16" else 4
+        cut = mesh["model"]
+        heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width / cut
+        hidden, slots, experts = model.d_ff / cut, 0.0, 0.0
+        if model.moe is not None:
+            factor = model.moe.capacity_factor or 1.0
+            choices = model.moe.top_k * factor
+            hidden = (choices * model.d_expert + model.moe.shared_width(model.d_expert)) / cut
+            slots, experts = 2 * choices * model.d_model, choices
+        matrices = 3 if model.activation in GATED else 2
+        products = tokens * element * (heads + matrices * hidden + slots / 2 + 2 * model.d_model)
+        scores = tokens * length * model.num_heads / cut * (4 + 4 + element)  # logits, shifted, and weights
+        inside = products + scores + tokens * (slots / 2 * element + 4 * model.d_model * element)
+        counts = count(model)
+        layer = sum(getattr(counts, part).total for part in ("attention", "dense", "experts", "shared"))
+        gathered = layer / model.num_layers * element / cut
+        if model.moe is not None:
+            gathered /= mesh["expert"] if model.moe.dispatcher in _MOVING else 1
+        chunk = getattr(model, "loss_chunk", None)
+        logits = 2 * 4 * min(tokens, chunk or tokens) * (model.vocab_size or 0) / cut
+        flops = _flops(experiment, experts)
+        return cls(tokens, element * model.d_model, inside, products, gathered, logits, flops)
+
+
+_MOVING = ("all_to_all", "ragged_all_to_all")  # dispatchers that leave experts where they are
+
+
+def _flops(experiment: Experiment, choices: float) -> float:
+    """FLOPs that all devices execute in a step: the model's, empty slots, and the forward pass again with remat."""
+    model, length = experiment.model, experiment.data.length
+    counts = count(model)
+    parts = {name: float(counts.part_flops(name, length)) for name in counts.parts()}
+    if model.moe is not None:
+        parts["experts"] *= choices / model.moe.top_k
+    if model.remat == "full":
+        parts = {name: flops * (1 if name == "unembedding" else 4 / 3) for name, flops in parts.items()}
+    return experiment.train.batch_size * length * sum(parts.values())
+
+
+def _moves(experiment: Experiment, mesh: Mapping[str, int], sizes: _Sizes, repeats: int) -> tuple[Collective, ...]:
+    """Weights gathered and their gradients scattered over fsdp, gradients summed over data, slots exchanged."""
+    model, layers = experiment.model, experiment.model.num_layers
+    forward = 1 if model.remat == "none" else 2
+    found, table = [], 0.0
+    element = 2 if model.dtype == "bfloat16" else 4
+    counts = count(model)
+    table = (counts.embedding.total + counts.unembedding.total) * element / mesh["model"]
+    weights = int(layers * sizes.gathered + table)
+    if mesh["fsdp"] > 1:
+        found.append(Collective("all-gather", repeats * layers * forward, repeats * forward * weights, True, ("fsdp",)))
+        found.append(Collective("reduce-scatter", repeats * layers, repeats * weights, True, ("fsdp",)))
+    if mesh["data"] > 1:
+        found.append(Collective("all-reduce", layers, 4 * weights // element // mesh["fsdp"], True, ("data",)))
+    moe = model.moe
+    if moe is not None and mesh["expert"] > 1:
+        sparse = sum(model.sparse)
+        if moe.dispatcher in _MOVING:
+            slots = moe.top_k * (moe.capacity_factor or 1.0) * sizes.tokens * sizes.width
+            times = 2 * repeats * sparse * (forward + 1)
+            found.append(Collective("all-to-all", times, int(times * slots), True, ("expert",)))
+        else:
+            experts = counts.experts.total * element / mesh["model"]
+            found.append(
+                Collective("all-gather", repeats * sparse, int(repeats * forward * experts), True, ("expert",))
+            )
+    if mesh["model"] > 1:
+        times = 2 * repeats * layers * (forward + 1)
+        found.append(Collective("all-reduce", times, times * sizes.tokens * sizes.width, True, ("model",)))
+    return tuple(found)

@@ -1,0 +1,96 @@
+"""Formulas for a step: right where they can be, and moving the right way where they are rough."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+import tiny
+
+from sparse_lm.models.counts import count
+from sparse_lm.planning.estimate import estimate
+from sparse_lm.planning.plan import make_plan, resolve
+from sparse_lm.sharding import MESH_AXES, make_mesh
+
+ONE = dict.fromkeys(MESH_AXES, 1)
+
+
+def experiment(**changes):
+    return resolve(tiny.experiment(model__dropout=0.0, **changes))
+
+
+def estimated(mesh=ONE, **changes):
+    return estimate(experiment(**changes), ONE | mesh, 1000, 2000)
+
+
+def moves(found):
+    return {(one.kind, one.axes): one.bytes for one in found.collectives}
+
+
+def test_full_recomputation_keeps_the_input_of_every_layer():
+    # 8 rows of 16 tokens, 16 wide, 2 layers, float32.
+    assert estimated(model__remat="full").activations == 2 * 8 * 16 * 16 * 4
+    assert estimated(model__remat="full", train__accumulate=4).activations == 2 * 2 * 16 * 16 * 4
+    assert estimated({"data": 8}, model__remat="full").activations == 2 * 16 * 16 * 4
+
+
+def test_what_is_kept_grows_from_full_over_dots_to_none():
+    kept = [estimated(model__remat=remat).activations for remat in ("full", "dots", "none")]
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_flops_are_the_models_with_what_is_computed_again():
+    config = experiment()
+    tokens, counts = 8 * 16, count(config.model)
+    assert estimated().flops == tokens * counts.flops_per_token(16)
+    assert estimated({"fsdp": 4}).flops == tokens * counts.flops_per_token(16) // 4
+    again = sum(counts.part_flops(name, 16) for name in counts.parts() if name != "unembedding")
+    assert estimated(model__remat="full").flops == pytest.approx(
+        tokens * (counts.flops_per_token(16) + again / 3), rel=1e-6
+    )
+    wider = estimated(model__moe__capacity_factor=2.0).flops - estimated().flops
+    assert wider == tokens * counts.part_flops("experts", 16)
+
+
+def test_without_a_mesh_nothing_moves():
+    assert estimated().collectives == ()
+
+
+def test_weights_are_gathered_and_gradients_scattered_once_more_with_remat():
+    plain, full = (moves(estimated({"fsdp": 4}, model__remat=remat)) for remat in ("none", "full"))
+    assert full["all-gather", ("fsdp",)] == 2 * plain["all-gather", ("fsdp",)]
+    assert full["reduce-scatter", ("fsdp",)] == plain["reduce-scatter", ("fsdp",)] == plain["all-gather", ("fsdp",)]
+
+
+def test_slots_are_exchanged_four_times_per_sparse_layer_and_six_with_remat():
+    plain, full = (
+        moves(estimated({"expert": 4}, model__moe__dispatcher="all_to_all", model__remat=remat))
+        for remat in ("none", "full")
+    )
+    # One sparse layer; 2 rows of 16 tokens on a device with 2 slots each, 16 wide, float32.
+    assert plain["all-to-all", ("expert",)] == 4 * 2 * 16 * 2 * 16 * 4
+    assert full["all-to-all", ("expert",)] == 6 * 2 * 16 * 2 * 16 * 4
+
+
+def test_gathered_experts_and_cut_heads_move_too():
+    found = moves(estimated({"expert": 2, "model": 2, "data": 2}))
+    assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
+    assert ("all-reduce", ("model",)) in found and ("all-reduce", ("data",)) in found
+    assert found["all-gather", ("expert",)] > 0
+
+
+def test_microbatches_need_a_second_set_of_gradients_but_smaller_arrays():
+    whole, parts = estimated(train__accumulate=1), estimated(train__accumulate=8)
+    assert parts.working < whole.working + 1000
+    assert parts.flops == whole.flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_exchanged_bytes_and_flops_are_those_of_the_compiled_step(remat):
+    """Without remat `test_planning_plan.py` shows it."""
+    config = experiment(mesh__expert=4, mesh__data=1, model__moe__dispatcher="all_to_all", model__remat=remat)
+    mesh = make_mesh(config.mesh_sizes(4), jax.devices()[:4])
+    plan = make_plan(config, mesh)
+    compiled = {(one.kind, one.axes): one.bytes for one in plan.step.collectives}
+    assert moves(plan.estimate)["all-to-all", ("expert",)] == compiled["all-to-all", ("expert",)]
+    assert plan.estimate.flops == pytest.approx(plan.step.work.flops, rel=0.1)
