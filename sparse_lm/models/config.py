@@ -10,6 +10,7 @@ from sparse_lm.config import Config, ConfigError, option
 from sparse_lm.moe.attention import ATTENTIONS, AttentionExperts, AttentionShape
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.nn.mlp import Activation
+from sparse_lm.nn.remat import policy
 
 
 class LayerKind(NamedTuple):
@@ -53,8 +54,9 @@ class ModelConfig(Config):
     d_model / num_heads. max_length: rows of the learned position table; None is the length of the data.
     norm_position: `pre` normalises the input of a sublayer, `post` the sum after it. dtype: of activations and matrix
     products; parameters, norms, softmax, router and loss are float32. scan_layers: compile one layer and loop over it.
-    remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), or `dots` (all but the
-    results of matrix products). loss_chunk: tokens of a device whose logits the loss has at once, in training and
+    remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), `dots` (all but the
+    results of matrix products), or all but named values, as in `save:expert_hidden,attention+offload:qkv` (see
+    `sparse_lm.nn.remat`). loss_chunk: tokens of a device whose logits the loss has at once, in training and
     evaluation; None is all. A number bounds memory where the vocabulary is large, and costs one more product with it in
     the backward pass. moe: None is a dense model. attention: experts in the attention of every layer, see
     `sparse_lm.moe.attention`; None is one attention for all tokens. depth: None sends every token through every layer.
@@ -77,7 +79,7 @@ class ModelConfig(Config):
     dropout: float = option(0.0, ge=0, lt=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: str = "none"
     loss_chunk: int | None = option(None, ge=1)
     moe: MoEConfig | None = None
     attention: AttentionExperts | None = option(None, variants=ATTENTIONS)
@@ -85,6 +87,7 @@ class ModelConfig(Config):
 
     def check(self) -> None:
         """Raises `ConfigError` when the shapes do not fit together."""
+        policy(self.remat)
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError("num_heads", self.num_heads, f"must divide d_model={self.d_model}, or set head_dim")
         if self.num_heads % self.kv_heads:

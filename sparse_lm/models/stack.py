@@ -25,17 +25,13 @@ from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.types import LayerStats, Replay, RouterStats
 from sparse_lm.nn.attention import KeyValues
 from sparse_lm.nn.dropout import split_keys
+from sparse_lm.nn.remat import policy
 from sparse_lm.sharding import Rules
 
 BlockCache = KeyValues | DepthCache
 Cache = tuple[tuple[BlockCache, ...], ...]  # per segment, per block of its unit, stacked over repeats
 Kind = TypeVar("Kind")
 Stats = TypeVar("Stats", RouterStats, LayerStats)
-
-_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Unit(nnx.Module):
@@ -164,8 +160,9 @@ class Stack(nnx.Module):
             x_BLD, carried_BLE, reports, caches = unit(x_BLD, context_here, key, caches)
             return (x_BLD, carried_BLE), (reports, caches)
 
-        if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers)
+        keep = policy(self.config.remat)
+        if keep is not None:
+            body = jax.checkpoint(body, policy=keep, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
             return jax.lax.scan(body, carry, inputs)
         outputs = []

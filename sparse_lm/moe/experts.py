@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.nn.mlp import GATED, activate
+from sparse_lm.nn.remat import named
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Spread = Callable[[jax.Array], jax.Array]
@@ -75,14 +76,16 @@ class Experts(nnx.Module):
         product: (rows [..., A], w_EAB) -> [..., B]. spread: a bias per expert -> one that adds to the rows. ids: a
         number per row.
         """
+        x = named(x, "dispatch")
         up = _plus(product(x, self.up_EDF[...]), self.up_bias_EF, spread)
         gate = None
         if self.gate_EDF is not None:
             gate = _plus(product(x, self.gate_EDF[...]), self.gate_bias_EF, spread)
+        up, gate = named((up, gate), "expert_hidden")
         hidden = activate(self.kind, up, gate)
         if key is not None and ids is not None and self.dropout_rate > 0:
             hidden = _row_dropout(hidden, self.dropout_rate, key, ids, self.d_hidden)
-        y = product(hidden, self.down_EFD[...])
+        y = named(product(hidden, self.down_EFD[...]), "expert_out")
         if self.down_bias_ED is None:
             return y
         bias = spread(self.down_bias_ED[...])

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.nn.position import rotary
+from sparse_lm.nn.remat import named
 from sparse_lm.sharding import Rules
 
 
@@ -110,7 +111,7 @@ class Heads:
 
         projected: queries [B, L, H, I], keys and values [B, L, J, I], before rotation.
         """
-        query_BLHI, key_BTJI, value_BTJI = projected
+        query_BLHI, key_BTJI, value_BTJI = named(projected, "qkv")
         dtype = query_BLHI.dtype
         if self.rope_base is not None:
             query_BLHI = rotary(query_BLHI, positions_BL, self.rope_base)
@@ -119,7 +120,8 @@ class Heads:
         if cache is not None:
             stored = cache[0].write(key_BTJI, value_BTJI, cache[1])
             key_BTJI, value_BTJI = stored.key_BTJI.astype(dtype), stored.value_BTJI.astype(dtype)
-        return attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, self.rules, self.rate, key), stored
+        mixed_BLHI = attend(query_BLHI, key_BTJI, value_BTJI, mask_BLT, self.rules, self.rate, key)
+        return named(mixed_BLHI, "attention"), stored
 
 
 def attend(

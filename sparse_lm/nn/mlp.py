@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from sparse_lm.nn.dropout import dropout
 from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.nn.remat import named
 from sparse_lm.sharding import Rules
 
 Activation = Literal["relu", "gelu", "geglu", "swiglu", "clamped_swiglu"]
@@ -50,5 +51,6 @@ class Mlp(nnx.Module):
         gate_BLF = None
         if self.gate_DF is not None:
             gate_BLF = rules.einsum("BLD,DF->BLF", x_BLD, rules.gather(self.gate_DF[...], "DF", dtype))
+        up_BLF, gate_BLF = named((up_BLF, gate_BLF), "mlp_hidden")
         hidden_BLF = dropout(activate(self.kind, up_BLF, gate_BLF), self.dropout_rate, key)
         return rules.einsum("BLF,FD->BLD", hidden_BLF, rules.gather(self.down_FD[...], "FD", dtype))

@@ -32,7 +32,7 @@ from sparse_lm.moe.config import MoEConfig
         ({"vocab_size": 1}, r"config\.vocab_size=1: must be at least 2"),
         ({"dropout": 1.0}, r"config\.dropout=1\.0"),
         ({"dtype": "float16"}, r"config\.dtype='float16'.*bfloat16, float32"),
-        ({"remat": "some"}, r"config\.remat='some'.*known: dots, full, none"),
+        ({"remat": "some"}, r"config\.remat='some'.*known: dots, full, none, offload:NAMES, save:NAMES"),
         ({"moe": {"num_expert": 4}}, r"config\.moe\.num_expert=4: unknown key; did you mean 'num_experts'"),
     ],
 )

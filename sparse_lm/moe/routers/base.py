@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from sparse_lm.config import Config
 from sparse_lm.moe.types import RouterInputs, RouterStats, Scores, TokenChoice
 from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.nn.remat import named
 from sparse_lm.sharding import DEFAULT, Rules
 
 
@@ -133,7 +134,7 @@ class LinearScores(nnx.Module):
         if self.pathway_KE is not None and carried_GSE is not None:
             weight_KE = rounded(rules.whole(self.pathway_KE[...]), dtype)
             logits_GSE = logits_GSE + rules.einsum("GSK,KE->GSE", carried_GSE, weight_KE)
-        return rounded(logits_GSE, dtype)
+        return named(rounded(logits_GSE, dtype), "router")
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
