@@ -47,13 +47,13 @@ def move(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int) -> jax.Array:
 
 
 def _padded(x_RD: jax.Array, sent_N: jax.Array, received_N: jax.Array, rows: int) -> jax.Array:
-    """The same by an ordinary all-to-all, with room for all rows at every destination.
+    """The same by an ordinary all-to-all, every part of it as long as the longest could be.
 
     XLA has no ragged one on CPU (https://github.com/jax-ml/jax/issues/34755).
     """
-    most = x_RD.shape[0]
+    most = min(x_RD.shape[0], rows)  # one device to another: neither can have more
     number_NR = jnp.arange(most, dtype=jnp.int32)[None]
-    own_NR = jnp.where(number_NR < sent_N[:, None], _before(sent_N)[:, None] + number_NR, most)
+    own_NR = jnp.where(number_NR < sent_N[:, None], _before(sent_N)[:, None] + number_NR, x_RD.shape[0])
     parts_NRD = jax.lax.all_to_all(_taken(x_RD, own_NR), "expert", split_axis=0, concat_axis=0, tiled=True)
     row_Q = jnp.arange(rows, dtype=jnp.int32)
     sender_Q = jnp.searchsorted(jnp.cumsum(received_N), row_Q, side="right").astype(jnp.int32)
