@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
-from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.config import Config, ConfigError, from_dict, option, python_file
 from sparse_lm.data.config import DataConfig
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.optim.config import OptimConfig
@@ -129,3 +130,16 @@ def resolved(experiment: Experiment, vocab_size: int) -> Experiment:
         vocab_size=model.vocab_size or vocab_size, max_length=model.max_length or experiment.data.length
     )
     return experiment.replace(model=model)
+
+
+def load_experiment(path: str | Path, variant: str | None = None) -> Experiment:
+    """The experiment of a file of configs/, for notebooks; on the command line that is --config=path:variant.
+
+    Raises `ConfigError` when there is no such file, or no `get_config` in it.
+    """
+    module = python_file(Path(path))
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        what = "is no Python file" if module is None else "defines no get_config()"
+        raise ConfigError("config", str(path), f"{what}; name one such as configs/quickstart.py")
+    return from_dict(Experiment, get_config() if variant is None else get_config(variant))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -12,7 +14,7 @@ import tiny
 from sparse_lm.batch import Batch
 from sparse_lm.config import ConfigError, from_dict, to_config_dict, to_dict
 from sparse_lm.data.config import DataConfig
-from sparse_lm.experiment import Experiment, resolved
+from sparse_lm.experiment import Experiment, load_experiment, resolved
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.moe.attention.switch_head import SwitchHead
 from sparse_lm.moe.config import MoEConfig
@@ -240,3 +242,20 @@ def test_a_configuration_runs_or_is_refused():
 def test_factored_statistics_of_cut_parameters_lower():
     wide = {"model__d_model": 128, "model__d_ff": 256, "model__moe__d_expert": 128, "model__vocab_size": 12}
     lower(tiny.experiment(**wide, optim__name="adafactor", mesh=MeshConfig(fsdp=2, expert=2, model=2)))
+
+
+def test_a_file_of_configs_is_an_experiment():
+    file = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+    sparse, dense = load_experiment(file), load_experiment(str(file), "dense")
+    assert sparse.model.moe is not None and sparse.model.moe.top_k == 4
+    assert dense.model.moe is None and dense.data == sparse.data and dense.train == sparse.train
+    with pytest.raises(ValueError, match="the variants are sparse and dense"):
+        load_experiment(file, "moist")
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "is no Python file"), ("x = 1", "defines no get_config")])
+def test_a_file_without_an_experiment_is_refused(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(ConfigError, match=rf"mine\.py.*{words}"):
+        load_experiment(tmp_path / "mine.py")
