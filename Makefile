@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev train test test-all lint format results bench clean distclean
+.PHONY: help install dev train test test-all lint format results bench notebooks clean distclean
 
 test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
@@ -46,6 +46,10 @@ results: $(VENV)/.installed  ## run what is missing of all toy studies (hours), 
 
 bench: $(VENV)/.installed  ## measure, on this machine
 	$(BIN)/python experiments/bench.py $(ARGS)
+
+notebooks: $(VENV)/.installed-dev  ## sync colab/*.ipynb with the Python files beside them, then run them all
+	cd colab && $(abspath $(BIN))/jupytext --quiet --sync *.py
+	$(BIN)/python -m pytest -m "slow or not slow" tests/colab $(ARGS)
 
 install: $(VENV)/.installed  ## set up for running
 dev: $(VENV)/.installed-dev  ## set up for running, testing and linting
