@@ -25,7 +25,7 @@ TOKENS_BL = jnp.ones((2, 16), jnp.int32)
 def step(remat: str, dispatcher: str = "gather", scan_layers: bool = True):
     """FLOPs of the compiled loss and gradients of two layers of one kind; loss and gradients."""
     factor = None if dispatcher == "dropless" else 1.25
-    moe = MoEConfig(num_experts=4, top_k=2, dispatcher=dispatcher, capacity_factor=factor, num_shared=1)
+    moe = MoEConfig(4, 2, dispatcher=dispatcher, capacity_factor=factor, capacity_factor_eval=factor, num_shared=1)
     sizes = {"num_layers": 2, "d_model": 8, "num_heads": 2, "d_ff": 64, "vocab_size": 8}
     config = ModelConfig(remat=remat, scan_layers=scan_layers, moe=moe, **sizes)
     model = Decoder(jax.random.key(0), config, DEFAULT)

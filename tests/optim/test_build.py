@@ -7,13 +7,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from sparse_lm.optim.build import FACTOR_FROM, apply, build_optimizer
+from sparse_lm.optim.adafactor import FACTOR_FROM
+from sparse_lm.optim.build import apply, build_optimizer
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.optim.groups import letters
 from sparse_lm.optim.schedules import schedule
 from sparse_lm.sharding import DEFAULT
 
-NAMES = ("adamw", "lion", "adafactor")
+NAMES = ("adamw", "lion", "sgd", "adafactor")
 SHAPES = {
     "table_VD": (256, 128),
     "up_EDF": (3, 4, 128, 256),
@@ -69,6 +70,37 @@ def test_lion_two_updates():
         mean = 0.9 * mean + 0.1 * GRAD
         param = param - 0.1 * (step + 0.5 * param)
     np.testing.assert_allclose(got["up_DF"], param, rtol=2e-6)
+
+
+def test_sgd_two_updates():
+    config = OptimConfig(name="sgd", learning_rate=0.1, weight_decay=0.5, beta1=0.8, **PLAIN)
+    got, _ = _run(config, {"up_DF": jnp.asarray(PARAM)}, {"up_DF": jnp.asarray(GRAD)}, steps=2)
+    param, momentum = PARAM.astype(np.float64), np.zeros_like(PARAM)
+    for _ in range(2):
+        momentum = 0.8 * momentum + GRAD
+        param = param - 0.1 * (momentum + 0.5 * param)
+    np.testing.assert_allclose(got["up_DF"], param, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_a_narrow_first_moment_is_rounded_once_per_update_and_nothing_else_is(name):
+    """The first update does not see the stored moment at all; after it, the state is that of float32, rounded."""
+    params, grads = _tree(0), _tree(1)
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        config = OptimConfig(name=name, learning_rate=0.01, warmup_steps=0, schedule="constant", state_dtype=dtype)
+        results.append(_run(config, params, grads, steps=1))
+    (full, full_state), (narrow, narrow_state) = results
+    for key, array in full.items():
+        if name == "sgd":  # optax rounds its momentum before it is used
+            np.testing.assert_allclose(narrow[key] - params[key], array - params[key], rtol=2**-7, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(narrow[key], array, err_msg=key)
+    dtypes = set()
+    for one, other in zip(jax.tree.leaves(narrow_state), jax.tree.leaves(full_state), strict=True):
+        np.testing.assert_array_equal(one, other.astype(one.dtype))
+        dtypes.add(one.dtype.name)
+    assert dtypes == {"bfloat16", "int32"} | ({"float32"} if name == "adamw" else set())
 
 
 def _adafactor_first_update(param, grad):

@@ -22,6 +22,7 @@ from sparse_lm.optim.config import OptimConfig
         ("clip", 0.0),
         ("name", "adam"),
         ("schedule", "step"),
+        ("state_dtype", "float16"),
     ],
 )
 def test_bad_values_are_refused_by_key(key, value):
@@ -30,7 +31,12 @@ def test_bad_values_are_refused_by_key(key, value):
     assert caught.value.key == key
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_adafactor_has_no_first_moment_to_be_narrow():
+    with pytest.raises(ConfigError, match=r"config\.state_dtype='bfloat16': adafactor has no first moment"):
+        OptimConfig(name="adafactor", state_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "rsqrt", "constant"])
 def test_every_choice_builds(name, schedule):
     optimizer = build_optimizer(OptimConfig(name=name, schedule=schedule, clip=None), 100)
