@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -20,7 +21,15 @@ from sparse_lm.data.config import DataConfig
 from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.describe import binary, describe
-from sparse_lm.planning.plan import abstract_state, device_bytes, make_plan, needed_bytes, plan_here, resolve
+from sparse_lm.planning.plan import (
+    abstract_state,
+    device_bytes,
+    make_plan,
+    needed_bytes,
+    plan_here,
+    plan_topology,
+    resolve,
+)
 from sparse_lm.sharding import DEFAULT, MESH_AXES, make_mesh
 from sparse_lm.train.state import create_state
 
@@ -277,3 +286,17 @@ def test_the_main_refuses_in_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("error: config.mesh")
     assert "Traceback" not in done.stderr
+
+
+def test_without_the_tpu_compiler_there_is_an_estimate_and_the_way_to_one(monkeypatch):
+    config = experiment(mesh__expert=4)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plan = plan_topology(config, "v5e:2x4")
+    assert (plan.source, plan.step, plan.fits) == ("estimated", None, True)
+    assert "pip install 'sparse_lm[tpu-plan]'" in describe(plan, config)
+    assert plan_topology(config, "v5e:2x4", compile_step=False).compiled is None
+
+
+def test_an_experiment_that_does_not_fit_a_slice_is_refused():
+    with pytest.raises(ConfigError, match="mesh"):
+        plan_topology(experiment(mesh__expert=4, mesh__data=1), "v5e:2x4", compile_step=False)
