@@ -87,3 +87,13 @@ def test_which_move_tokens_and_which_have_a_capacity():
 def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_computed(name):
     with pytest.raises(ConfigError, match=r"model.moe.grouped='megablox'.* use auto"):
         jax.eval_shape(DISPATCHERS[name](SlotRule(1), DEFAULT, "megablox"), experts(), X_GSD, DECISION)
+
+
+@pytest.mark.parametrize("devices", [2, 8])  # three experts: fewer devices, and more
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_a_mesh_that_cannot_cut_the_experts_evenly_is_refused(name, devices, mesh_of):
+    with (
+        jax.set_mesh(mesh_of(expert=devices)),
+        pytest.raises(ConfigError, match=rf"num_experts=3.*mesh.expert={devices} does not divide it; use a multiple"),
+    ):
+        DISPATCHERS[name](SlotRule(1), DEFAULT)(experts(), X_GSD, DECISION)

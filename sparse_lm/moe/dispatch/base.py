@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparse_lm.config import ConfigError
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.grouped import Grouped, Kernel, kernel_of
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import Decision, TokenChoice
-from sparse_lm.sharding import Rules, axis_index, platform, sum_over
+from sparse_lm.sharding import Rules, axis_index, manual_axis_size, platform, sum_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,16 @@ class Dispatcher(abc.ABC):
     ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
         """Each token's gated sum over its experts, in the dtype of x, and which assignments were kept.
 
-        The gated sum is taken in float32. key: None is evaluation, without expert dropout.
+        The gated sum is taken in float32. key: None is evaluation, without expert dropout. Raises `ConfigError` where
+        the mesh cannot cut the experts evenly.
         """
+        devices = manual_axis_size("expert")
+        if experts.num_experts % devices:
+            raise ConfigError(
+                "model.moe.num_experts",
+                experts.num_experts,
+                f"mesh.expert={devices} does not divide it; use a multiple, or fewer devices along mesh.expert",
+            )
         groups, size = x_GSD.shape[:2]
         ids_GS = self.rules.constrain(jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size), "GS")
         axes = ("fsdp",) if self.moves_tokens else ("fsdp", "expert")

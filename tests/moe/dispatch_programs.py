@@ -1,0 +1,103 @@
+"""Compiles a dispatcher alone, forward and with all its gradients, and says what is in the program.
+
+As a program of its own it does so for a TPU that is not there, and prints the answer as JSON: a process has one TPU
+compiler, and the flags of the tests are of the CPU's.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.experts import Experts
+from sparse_lm.moe.slots import SlotRule
+from sparse_lm.moe.types import TokenChoice
+from sparse_lm.planning.hlo import Instruction, parse
+from sparse_lm.sharding import DEFAULT, abstract_sharded, make_mesh
+
+MOVES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A layer: G groups of S tokens, K of E experts of width F, C slots."""
+
+    groups: int = 4
+    size: int = 256
+    top_k: int = 2
+    experts: int = 8
+    width: int = 64
+    hidden: int = 128
+    slots: int = 80
+
+
+def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jnp.float32):
+    """The compiled program of one dispatcher on a mesh. gradients: by experts, tokens and gates as well."""
+    with jax.set_mesh(mesh):
+        shape = (sizes.experts, sizes.width, sizes.hidden)
+        graph, state = nnx.split(jax.eval_shape(lambda: Experts(jax.random.key(0), shape, "swiglu")))
+
+        def output(state, x_GSD, expert_GSK, gate_GSK):
+            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped)
+            return dispatcher(nnx.merge(graph, state), x_GSD, TokenChoice(expert_GSK, gate_GSK))[0]
+
+        def loss(*arguments):
+            return jnp.sum(jnp.sin(output(*arguments).astype(jnp.float32)))
+
+        def described(shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, DEFAULT.act("GSD")))
+
+        tokens = (sizes.groups, sizes.size)
+        arguments = (
+            abstract_sharded(state, DEFAULT, mesh),
+            described((*tokens, sizes.width), dtype),
+            described((*tokens, sizes.top_k), jnp.int32),
+            described((*tokens, sizes.top_k), jnp.float32),
+        )
+        function = jax.grad(loss, (0, 1, 3)) if gradients else output
+        return jax.jit(function).lower(*arguments).compile()
+
+
+def instructions(program) -> list[Instruction]:
+    """All instructions of a compiled program."""
+    return [one for body in parse(program.as_text()).computations.values() for one in body]
+
+
+def moves(program) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each kind of collective yields."""
+    found = collections.defaultdict(list)
+    for one in instructions(program):
+        kind = one.opcode.removesuffix("-start")
+        if kind in MOVES:
+            found[kind] += [array.shape for array in one.arrays]
+    return dict(found)
+
+
+def main() -> None:
+    """For each `dispatcher/kernel` in the arguments: how many collectives and kernels, forward and with gradients."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    mesh = make_mesh({"data": 2, "expert": 2}, devices)
+    sizes, answer = Sizes(width=128, hidden=256, slots=128), {}
+    for case in sys.argv[1:]:
+        name, grouped = case.split("/")
+        for gradients in (False, True):
+            found = instructions(compiled(name, sizes, mesh, grouped, gradients, jnp.bfloat16))
+            count = collections.Counter(one.opcode.removesuffix("-start") for one in found)
+            kernels = [one for one in found if one.opcode == "custom-call" and "tpu_custom_call" in one.attributes]
+            kinds = {kind: count[kind] for kind in MOVES if count[kind]}
+            answer[f"{case}/{'gradients' if gradients else 'forward'}"] = {**kinds, "kernels": len(kernels)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

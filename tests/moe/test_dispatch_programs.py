@@ -1,0 +1,162 @@
+"""What compiled dispatchers hold and move: collectives, arrays that must not be there, memory against its formula.
+
+The formulas are those of docs/design.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import dispatch_programs
+import jax
+import numpy as np
+import pytest
+from dispatch_programs import Sizes
+
+from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.grouped.blocks import block_size
+from sparse_lm.sharding import make_mesh
+
+DEVICES, SIZES = 4, Sizes()
+WEIGHTS = {(8, 64, 128), (8, 128, 64)}  # what is gathered of them
+TOKENS = (1, 256, 64)  # of a device
+MOVES_WEIGHTS = [name for name, cls in DISPATCHERS.items() if not cls.moves_tokens]
+
+
+@functools.cache
+def program(name, gradients, sizes=SIZES):
+    mesh = make_mesh({"expert": DEVICES}, jax.devices()[:DEVICES])
+    return dispatch_programs.compiled(name, sizes, mesh, gradients=gradients)
+
+
+@functools.cache
+def instructions(name, gradients):
+    return dispatch_programs.instructions(program(name, gradients))
+
+
+def count(name, gradients):
+    return collections.Counter(one.opcode for one in instructions(name, gradients))
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("name", [name for name, cls in DISPATCHERS.items() if cls.moves_tokens])
+def test_tokens_that_move_take_two_exchanges_each_way(name, gradients):
+    found = count(name, gradients)
+    assert found["all-to-all"] == (4 if gradients else 2)
+    # Devices tell each other their counts, four bytes per expert; nothing else is gathered.
+    gathered = dispatch_programs.moves(program(name, gradients)).get("all-gather", [])
+    assert gathered == ([(DEVICES, SIZES.experts)] if name == "ragged_all_to_all" else [])
+    assert found["reduce-scatter"] == found["collective-permute"] == 0
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("name", MOVES_WEIGHTS)
+def test_where_weights_move_tokens_do_not(name, gradients):
+    moved = dispatch_programs.moves(program(name, gradients))
+    assert collections.Counter(moved["all-gather"]) == {(8, 64, 128): 2, (8, 128, 64): 1}
+    assert "all-to-all" not in moved and "collective-permute" not in moved
+    assert len(moved.get("reduce-scatter", [])) == (3 if gradients else 0)
+
+
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_no_array_of_tokens_by_experts_by_slots_but_in_einsum(name):
+    tokens, pair = SIZES.size, (SIZES.experts, SIZES.slots)
+    found = set()
+    for one in instructions(name, True):
+        for array in one.arrays:
+            rest = list(array.shape)
+            if tokens in rest:
+                rest.remove(tokens)
+                if np.prod(pair) in rest or all(size in rest for size in pair):
+                    found.add(array.shape)
+    assert bool(found) == (name == "einsum"), found
+
+
+def expected(name, gradients, sizes=SIZES, devices=DEVICES):
+    """The formulas for float32 and gated experts, in bytes of a device."""
+    tokens = sizes.groups // devices * sizes.size
+    weights = 3 * sizes.experts * sizes.width * sizes.hidden
+    rows = sizes.experts * sizes.groups // devices * sizes.slots
+    if name == "dense":
+        rows = tokens * sizes.experts
+    if name in ("dropless", "ragged_all_to_all"):
+        apart = devices if name == "ragged_all_to_all" else 1
+        received, experts = tokens * sizes.top_k * apart, sizes.experts // apart
+        size = block_size(received, experts)
+        rows = (received // size + experts) * size
+    narrow, wide = rows * sizes.width, rows * sizes.hidden
+    slots = tokens * sizes.experts * sizes.slots
+    forward = {
+        "dense": narrow + 2 * wide + weights,
+        "einsum": 2 * slots + narrow + 2 * wide + weights,
+        "gather": narrow + 2 * wide + weights,
+        "all_to_all": 2 * narrow + 2 * wide,
+        "dropless": 2 * narrow + 3 * wide + weights,
+    }
+    backward = {
+        "dense": 3 * narrow + 5 * wide + 2 * weights,
+        "einsum": 4 * slots + 3 * narrow + 5 * wide + 2 * weights,
+        "gather": 3 * narrow + 5 * wide + 2 * weights,
+        "all_to_all": 4 * narrow + 5 * wide,
+        "dropless": 4 * narrow + 7 * wide + 2 * weights,
+    }
+    if name == "ragged_all_to_all":
+        exchanged = received * sizes.width
+        forward[name] = 2 * narrow + 3 * wide + exchanged
+        backward[name] = 4 * narrow + 7 * wide + exchanged + weights // devices
+    return 4 * (backward if gradients else forward)[name]
+
+
+def close(name, gradients, sizes=SIZES):
+    measured = program(name, gradients, sizes).memory_analysis().temp_size_in_bytes
+    ratio = measured / expected(name, gradients, sizes)
+    assert 0.6 < ratio < 1.05, f"{measured:,} bytes, {ratio:.2f} of the formula"  # indices and masks are not in it
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_memory_follows_the_formula(name, gradients):
+    close(name, gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [Sizes(width=256), Sizes(hidden=512), Sizes(groups=8)], ids=["wide", "deep", "more"])
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_memory_follows_the_formula_at_other_sizes(name, sizes):
+    close(name, False, sizes)
+    close(name, True, sizes)
+
+
+@pytest.fixture(scope="module")
+def on_tpu():
+    """What the compiler for TPUs makes of two dispatchers, by kernel."""
+    cases = ["dropless/auto", "dropless/megablox", "ragged_all_to_all/auto"]
+    surroundings = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    surroundings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    command = [sys.executable, str(pathlib.Path(dispatch_programs.__file__)), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
+    assert done.returncode == 0, f"is libtpu installed (extra dev)? {done.stderr[-2000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_tpu_exchanges_ragged_rows_and_multiplies_them_by_kernels(on_tpu):
+    forward, gradients = (on_tpu[f"ragged_all_to_all/auto/{part}"] for part in ("forward", "gradients"))
+    assert forward["ragged-all-to-all"] == 2 and gradients["ragged-all-to-all"] == 4
+    assert "all-to-all" not in gradients and "reduce-scatter" not in gradients
+    # Three products forward, of which the last is not needed for gradients, and two gradients of each.
+    assert forward["kernels"] >= 3 and gradients["kernels"] >= 2 * 3
+
+
+@pytest.mark.slow
+def test_both_kernels_compile_for_a_tpu(on_tpu):
+    for kernel in ("auto", "megablox"):
+        forward, gradients = (on_tpu[f"dropless/{kernel}/{part}"] for part in ("forward", "gradients"))
+        assert forward["kernels"] >= 3 and gradients["kernels"] > forward["kernels"]
+        assert "all-to-all" not in gradients and gradients["reduce-scatter"] == 3
