@@ -27,7 +27,7 @@ _MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labels:
-    """Names, and which of them every token has (or every id of a vocabulary)."""
+    """Names, and which of them every token has (or every id of a vocabulary); -1 is none that is known."""
 
     names: tuple[str, ...]
     index_M: Int[np.ndarray, "M"]

@@ -29,6 +29,13 @@ def as_json(found: Analysis, command: str = "") -> dict[str, Any]:
         "experts": list(found.experts),
         "load": loads(observed.expert_NMK, observed.num_experts).tolist(),
         "specialisation": {one.kind: _specialisation(one) for one in found.specialisation},
+        "attention": None
+        if found.attention is None
+        else {
+            "experts": list(found.attention.experts),
+            "load": found.attention.load_NE.tolist(),
+            "specialisation": {one.kind: _specialisation(one) for one in found.attention.specialisation},
+        },
         "saturation": {
             "steps": list(found.saturation.steps),
             "share": plain(found.saturation.share_XN),

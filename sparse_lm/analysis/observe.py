@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from sparse_lm.batch import Batch
 from sparse_lm.config import ConfigError
-from sparse_lm.evals.routing import record
+from sparse_lm.evals.routing import record, record_attention
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.moe.config import MoEConfig
@@ -94,6 +94,15 @@ def observe(model: Decoder, batches: Sequence[Batch]) -> Observed:
         np.asarray(routed),
         np.asarray(dropped),
     )
+
+
+def observe_attention(model: Decoder, batches: Sequence[Batch]) -> Int[np.ndarray, "N M K"]:
+    """The attention's experts of the same tokens, in every layer; numbered as statistics count them, -1 is none."""
+    experts = []
+    for batch in batches:
+        expert_NBLK = np.asarray(record_attention(model, jax.tree.map(jnp.asarray, batch)).expert_GSK)
+        experts.append(expert_NBLK[:, np.asarray(batch.segments_BL)[:, :-1] > 0])
+    return np.concatenate(experts, axis=1)
 
 
 @jax.jit

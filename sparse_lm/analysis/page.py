@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -34,8 +35,13 @@ BIAS = (
     "Bits per assignment, estimated from counts. Such an estimate is above 0 for unrelated labels too, the more so "
     "the more experts and labels and the fewer tokens there are; 'shuffled' is what it gives after the labels were "
     "dealt out anew, on average and at most, and only what is above that says something. Token classes and positions "
-    "are shuffled by token, domains by document, since the tokens of one document are alike. 'Share' is the excess "
-    "over the mean shuffle, as a share of the entropy of the labels."
+    "are shuffled by token, domains and languages by document, since the tokens of one document are alike. 'Share' is "
+    "the excess over the mean shuffle, as a share of the entropy of the labels."
+)
+UNKNOWN = "Of no domain is it known in what language it is; --languages=domain=language,... tells."
+HEADS = (
+    "'value 1.2' is the third expert of the second head for values, 'output' one for outputs. Every head has as many "
+    "assignments as any other, so that bits are the mean over heads and both sides."
 )
 
 
@@ -50,10 +56,11 @@ def write_analysis(found: Analysis, command: str = "") -> Path:
 
 def render(found: Analysis, command: str = "") -> str:
     """The page as HTML."""
-    parts = [_STYLE, _head(found), "<h2>What experts specialise in</h2>", _information(found)]
-    parts += [color_legend_box(COLORS, "times as often as among all assignments")]
-    for one in found.specialisation:
-        parts += [f"<h3>Experts by {one.kind}</h3>", cards(_special_maps(found, one))]
+    parts = [_STYLE, _head(found), "<h2>What experts specialise in</h2>"]
+    parts += _special(found.specialisation, found.experts, "Experts")
+    if "language" not in {one.kind for one in found.specialisation}:
+        parts += [f'<p class="muted">{UNKNOWN}</p>']
+    parts += _attention(found)
     parts += ["<h2>Router saturation</h2>", _saturation(found)]
     parts += ["<h2>Experts chosen together</h2>", _together(found)]
     parts += ["<h2>Drops by position</h2>", _drops(found)]
@@ -91,9 +98,37 @@ def _head(found: Analysis) -> str:
     return f'<h1>The experts of {name}</h1>\n<p>{escape(words)}</p>\n<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _information(found: Analysis) -> str:
+def _attention(found: Analysis) -> list[str]:
+    """The experts in the attention, where there are any."""
+    if found.attention is None:
+        return []
+    experts, load_NE = found.attention.experts, found.attention.load_NE
+    share_NE = load_NE / np.maximum(load_NE.sum(1, keepdims=True), 1)
+    rows = [
+        (str(n + 1), *(f"{experts[e]} {percent(float(share[e]), 3)}" for e in (share.argmax(), share.argmin())))
+        for n, share in enumerate(share_NE)
+    ]
+    words = "Layers are all layers here. Nothing is dropped in attention."
+    words += f" {HEADS}" if not experts[0].isdigit() else ""
+    return [
+        "<h2>Experts in attention</h2>",
+        f"<p>{words}</p>",
+        table(("layer", "chosen most", "chosen least"), rows, numeric=(0,)),
+        *_special(found.attention.specialisation, experts, "Attention experts"),
+    ]
+
+
+def _special(specialisation: Sequence[Specialisation], experts: Sequence[str], title: str) -> list[str]:
+    """What some experts specialise in: the table, then maps for each kind of label."""
+    parts = [_information(specialisation), color_legend_box(COLORS, "times as often as among all assignments")]
+    for one in specialisation:
+        parts += [f"<h3>{title} by {one.kind}</h3>", cards(_special_maps(one, experts, title))]
+    return parts
+
+
+def _information(specialisation: Sequence[Specialisation]) -> str:
     head = ("label", "layer", "bits", "shuffled, mean", "shuffled, highest", "of (entropy)", "share", "above chance")
-    rows = [_information_row(one, i, x) for one in found.specialisation for i, x in enumerate(one.information)]
+    rows = [_information_row(one, i, x) for one in specialisation for i, x in enumerate(one.information)]
     return f'{table(head, rows, numeric=(1, 2, 3, 4, 5, 6))}<p class="muted">{escape(BIAS)}</p>'
 
 
@@ -103,7 +138,7 @@ def _information_row(one: Specialisation, layer: int, x: Information) -> tuple[s
     return (one.kind, str(layer + 1), *numbers, f"{x.entropy:.3f}", percent(x.share, 3), said)
 
 
-def _special_maps(found: Analysis, one: Specialisation) -> list[Figure]:
+def _special_maps(one: Specialisation, experts: Sequence[str], title: str) -> list[Figure]:
     figures = []
     for layer in chosen_layers(len(one.counts_NEC)):
         counts = one.counts_NEC[layer]
@@ -112,10 +147,9 @@ def _special_maps(found: Analysis, one: Specialisation) -> list[Figure]:
 
         def words(i: int, j: int, counts=counts, ratios=ratios, total=total) -> str:
             share = percent(float(counts[i, j] / total[i]), 3)
-            return f"expert {found.experts[i]}, {one.names[j]}: {share} of its {total[i]:,}, {ratios[i, j]:.2f} times"
+            return f"expert {experts[i]}, {one.names[j]}: {share} of its {total[i]:,}, {ratios[i, j]:.2f} times"
 
-        title = f"Experts by {one.kind}, layer {layer + 1}"
-        svg = cell_map(ratios, found.experts, one.names, title, words)
+        svg = cell_map(ratios, experts, one.names, f"{title} by {one.kind}, layer {layer + 1}", words)
         x = one.information[layer]
         caption = f"{x.bits:.3f} bits, {x.shuffled:.3f} shuffled. Rows are experts."
         figures.append(Figure(f"Layer {layer + 1}", caption, svg))

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from sparse_lm.analysis.classes import Labels, position_bins, token_classes
 from sparse_lm.analysis.history import Saturation, saturation_over
 from sparse_lm.analysis.information import Information, count_pairs, specialisation
 from sparse_lm.analysis.intervene import Effects, effects
-from sparse_lm.analysis.observe import Observed, batch_rows, check_sparse, observe, tokens_of
+from sparse_lm.analysis.languages import language_labels, languages
+from sparse_lm.analysis.observe import (
+    Observed,
+    Tokens,
+    batch_rows,
+    check_sparse,
+    loads,
+    observe,
+    observe_attention,
+    tokens_of,
+)
 from sparse_lm.analysis.vocabulary import ExpertWords, vocabulary
 from sparse_lm.batch import Batch
 from sparse_lm.config import ConfigError
@@ -24,7 +35,8 @@ from sparse_lm.moe.config import MoEConfig
 from sparse_lm.train.restore import Loaded, load_model
 from sparse_lm.train.run import read_info
 
-Kind = Literal["token class", "domain", "position"]
+Kind = Literal["token class", "domain", "language", "position"]
+Kinds = Sequence[tuple[Kind, Labels, np.ndarray | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +45,8 @@ class Options:
     for removing and forcing, which takes layers x experts passes each; 0 leaves it out.
 
     renormalise: when an expert is removed, the gates of a token's others grow to the sum of all. shuffles: behind every
-    baseline. step, best: which checkpoint, see `load_model`. Raises `ConfigError` when a number is too low.
+    baseline. step, best: which checkpoint, see `load_model`. languages: of domains, where the source of the data does
+    not tell, see `languages.languages`. Raises `ConfigError` when a number is too low.
     """
 
     batches: int = 16
@@ -42,6 +55,7 @@ class Options:
     shuffles: int = 20
     step: int | None = None
     best: bool = False
+    languages: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, least in (("batches", 1), ("effect_batches", 0), ("shuffles", 1)):
@@ -60,8 +74,18 @@ class Specialisation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class InAttention:
+    """Of the experts in the attention of every layer: their names, assignments, and what they specialise in."""
+
+    experts: tuple[str, ...]
+    load_NE: np.ndarray
+    specialisation: tuple[Specialisation, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
     """All that the page says. experts: their names. expected_data: False when the held-out text is not the run's.
+    attention: None where the attention has no experts.
 
     pairs_NEE: tokens that chose both experts, on the diagonal the one. removal, forcing: None where they were left out.
     """
@@ -79,6 +103,12 @@ class Analysis:
     words: tuple[tuple[ExpertWords, ...], ...]
     removal: Effects | None
     forcing: Effects | None
+    attention: InAttention | None = None
+
+    def all_specialisation(self) -> tuple[tuple[str, tuple[Specialisation, ...]], ...]:
+        """Of the feed-forward experts, and of those in attention, each with what to add to its name."""
+        there = () if self.attention is None else ((" in attention", self.attention.specialisation),)
+        return (("", self.specialisation), *there)
 
 
 def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], None] = print) -> Analysis:
@@ -95,7 +125,9 @@ def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], N
     moe = check_sparse(experiment.model)
     dataset = build_dataset(experiment.data, experiment.seed if experiment.data_seed is None else experiment.data_seed)
     batches = validation_batches(dataset, batch_rows(moe, experiment.data.length), options.batches)
+    of_domain = languages(experiment.data, dataset.domains, options.languages)
     observed = observe(loaded.model, batches)
+    kinds = label_kinds(observed.tokens, loaded, dataset.domains, of_domain)
     tell(f"step {loaded.step}: routed {len(observed.tokens.id_M):,} held-out tokens")
     words = tuple(
         vocabulary(observed.tokens, expert_MK, gate_MK, observed.num_experts, loaded.tokenizer)
@@ -113,13 +145,24 @@ def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], N
         info is None or info.fingerprint == dataset.fingerprint,
         expert_names(moe),
         observed,
-        specialisations(observed, loaded, dataset.domains, options.shuffles),
+        specialisations(observed.expert_NMK, observed.num_experts, kinds, options.shuffles),
         history,
         pair_counts(jnp.asarray(observed.expert_NMK[:, None]), observed.num_experts),
         words,
         removal,
         forcing,
+        _in_attention(loaded, batches, kinds, options.shuffles),
     )
+
+
+def _in_attention(loaded: Loaded, batches: Sequence[Batch], kinds: Kinds, shuffles: int) -> InAttention | None:
+    model = loaded.experiment.model
+    if model.attention is None:
+        return None
+    names = model.attention.names(model.num_heads)
+    expert_NMK = observe_attention(loaded.model, batches)
+    found = specialisations(expert_NMK, len(names), kinds, shuffles)
+    return InAttention(names, loads(expert_NMK, len(names)), found)
 
 
 def _effects(
@@ -147,24 +190,35 @@ def covering(batches: Sequence[Batch], num_domains: int, count: int) -> list[Bat
     return [batches[i] for i in sorted(chosen[:count])]
 
 
-def specialisations(
-    observed: Observed, loaded: Loaded, domains: tuple[str, ...], shuffles: int
-) -> tuple[Specialisation, ...]:
-    """Token class, domain and position, each against its own kind of shuffle: domains move with whole documents."""
-    tokens = observed.tokens
+def label_kinds(
+    tokens: Tokens, loaded: Loaded, domains: tuple[str, ...], of_domain: Sequence[str | None]
+) -> list[tuple[Kind, Labels, np.ndarray | None]]:
+    """What is known of every token, and the blocks in which each kind of label is shuffled; None is by token.
+
+    Domains and languages move with whole documents. Languages are left out where none is known.
+    """
     classes = token_classes(loaded.tokenizer)
-    kinds: tuple[tuple[Kind, Labels, np.ndarray | None], ...] = (
+    spoken = language_labels(of_domain, tokens.domain_M)
+    kinds: list[tuple[Kind, Labels, np.ndarray | None]] = [
         ("token class", Labels(classes.names, classes.index_M[tokens.id_M]).used(), None),
         ("domain", Labels(domains, tokens.domain_M).used(), tokens.part_M),
+        ("language", spoken, tokens.part_M),
         ("position", position_bins(tokens.position_M), None),
-    )
+    ]
+    return [kind for kind in kinds if kind[1].names]
+
+
+def specialisations(
+    expert_NMK: Int[np.ndarray, "N M K"], num_experts: int, kinds: Kinds, shuffles: int
+) -> tuple[Specialisation, ...]:
+    """Every kind of label against its own kind of shuffle, over the tokens of which the label is known."""
     found = []
     for kind, labels, block_M in kinds:
-        sizes = (observed.num_experts, len(labels.names))
-        information = tuple(
-            specialisation(expert_MK, labels.index_M, sizes, block_M, shuffles) for expert_MK in observed.expert_NMK
-        )
-        counts = [count_pairs(expert_MK, labels.index_M, *sizes) for expert_MK in observed.expert_NMK]
+        sizes, known_M = (num_experts, len(labels.names)), labels.index_M >= 0
+        index_M, block_M = labels.index_M[known_M], None if block_M is None else block_M[known_M]
+        layers = [expert_MK[known_M] for expert_MK in expert_NMK]
+        information = tuple(specialisation(expert_MK, index_M, sizes, block_M, shuffles) for expert_MK in layers)
+        counts = [count_pairs(expert_MK, index_M, *sizes) for expert_MK in layers]
         found.append(Specialisation(kind, labels.names, information, np.stack(counts)))
     return tuple(found)
 

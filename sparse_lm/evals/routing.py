@@ -29,7 +29,19 @@ def record(model: Decoder, batch: Batch, key: jax.Array | None = None) -> TokenC
     """
     if not any(model.config.sparse):
         raise ValueError("the model is dense: it has no decisions to record; set model.moe")
-    decision = _record(model, batch, key)
+    decision = _record(model, batch, key)[0]
+    assert decision is not None
+    return decision
+
+
+def record_attention(model: Decoder, batch: Batch, key: jax.Array | None = None) -> TokenChoice:
+    """The same of the attention's experts, in all layers: expert_GSK is [N, B, L, K], every row being a group.
+
+    Raises `ValueError` when the attention has no experts.
+    """
+    if model.config.attention is None:
+        raise ValueError("the attention has no experts: it has no decisions to record; set model.attention")
+    decision = _record(model, batch, key)[1]
     assert decision is not None
     return decision
 
@@ -44,9 +56,11 @@ def loss(model: Decoder, batch: Batch, forced: TokenChoice | None = None, key: j
 
 
 @jax.jit
-def _record(model: Decoder, batch: Batch, key: jax.Array | None) -> TokenChoice | None:
+def _record(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[TokenChoice | None, TokenChoice | None]:
     reports = model(*_inputs(batch), key, Replay(record=True))[1]
-    return None if reports.feed_forward is None else reports.feed_forward.decision
+    parts = (reports.feed_forward, reports.attention)
+    feed_forward, attention = (None if part is None else part.decision for part in parts)
+    return feed_forward, attention
 
 
 @jax.jit

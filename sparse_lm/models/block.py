@@ -69,9 +69,9 @@ class Block(nnx.Module):
         inputs = self.attention_norm(x_BLD) if pre else x_BLD
         attention_stats = None
         if isinstance(self.attention, ExpertAttention):
-            seen = AttentionInputs(
-                context.positions_BL, context.mask_BLT, context.real_BL, context.ids_BL, context.previous_BL
-            )
+            record = context.replay is not None and context.replay.record
+            where = (context.positions_BL, context.mask_BLT, context.real_BL)
+            seen = AttentionInputs(*where, context.ids_BL, context.previous_BL, record)
             y_BLD, cache, attention_stats = self.attention(inputs, seen, attention_key, stored)
         else:
             y_BLD, cache = self.attention(inputs, context.positions_BL, context.mask_BLT, attention_key, stored)

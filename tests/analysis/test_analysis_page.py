@@ -51,14 +51,17 @@ def test_the_page_says_what_was_found(found):
     assert not re.search(r"\bnan\b", text)
     cells = [cell.text for cell in parse(page).iter("td")]
     assert any(cell == "0, 1" or cell == "2, 3" for cell in cells) and not {"1, 0", "3, 2"} & set(cells)  # once a pair
-    # 2 layers: three kinds of labels, pairs, and two interventions; then saturation, drops and the legends.
+    assert "Experts in attention" not in text and "Of no domain" not in text
+    # 2 layers: four kinds of labels, pairs, and two interventions; then saturation, drops and the legends.
     charts = [svg.get("aria-label", "") for svg in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
-    assert sum(", layer " in name for name in charts) == 2 * (3 + 1 + 2)
+    assert sum(", layer " in name for name in charts) == 2 * (4 + 1 + 2)
     assert {"Router saturation over steps", "Dropped assignments by position"} <= set(charts)
 
 
 def test_what_was_left_out_is_said(found):
     bare = dataclasses.replace(found, removal=None, forcing=None, expected_data=False)
+    silent = dataclasses.replace(found, specialisation=found.specialisation[:2])
+    assert "Of no domain is it known" in words_of(render(silent))
     assert "Left out." in words_of(render(bare)) and "another fingerprint" in words_of(render(bare))
     nothing = dataclasses.replace(found.observed, dropped_NP=np.zeros_like(found.observed.dropped_NP))
     assert "Nothing was dropped" in words_of(render(dataclasses.replace(found, observed=nothing)))
@@ -92,6 +95,7 @@ def test_json_holds_the_numbers(found):
     assert np.shape(content["dropped_by_position"]) == (2, 16) and np.max(content["dropped_by_position"]) <= 1
     assert content["saturation"]["steps"] == [3, 6] and content["saturation"]["share"][1] == [1, 1]
     assert len(content["vocabulary"]) == 2 and len(content["vocabulary"][0]) == 4
+    assert content["specialisation"]["language"] == domain and content["attention"] is None
     json.dumps(content, allow_nan=False)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import analysis_cases as cases
 import numpy as np
 import pytest
 
 from sparse_lm.analysis.information import specialisation
-from sparse_lm.analysis.observe import tokens_of
-from sparse_lm.analysis.run import Options, analyze, covering, expert_names
+from sparse_lm.analysis.observe import Tokens, tokens_of
+from sparse_lm.analysis.run import Options, analyze, covering, expert_names, label_kinds, specialisations
 from sparse_lm.config import ConfigError
+from sparse_lm.data.tokenizers import SymbolTokenizer
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.train.manifest import CheckpointError
 
@@ -30,7 +32,8 @@ def test_an_analysis_is_whole_and_leaves_the_run_alone(workdir):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     assert found.loaded.step == 6 and found.expected_data and found.domains == cases.DATASET.domains
     assert found.saturation.steps == (3, 6) and found.saturation.chance == 0.5
-    assert [one.kind for one in found.specialisation] == ["token class", "domain", "position"]
+    assert [one.kind for one in found.specialisation] == ["token class", "domain", "language", "position"]
+    assert found.attention is None and found.all_specialisation() == (("", found.specialisation),)
     assignments = 2 * len(found.observed.tokens.id_M)
     for one in found.specialisation:
         assert one.counts_NEC.shape == (2, 4, len(one.names)) and len(one.information) == 2
@@ -39,12 +42,29 @@ def test_an_analysis_is_whole_and_leaves_the_run_alone(workdir):
     tokens = found.observed.tokens
     by_document = specialisation(found.observed.expert_NMK[0], tokens.domain_M, (4, 2), tokens.part_M, 3)
     assert found.specialisation[1].information[0] == by_document
+    # A chain is a language.
+    assert found.specialisation[2].information == found.specialisation[1].information
     assert found.specialisation[0].names == tuple(str(i) for i in range(8))
     assert found.pairs_NEE.shape == (2, 4, 4) and (np.trace(found.pairs_NEE, axis1=1, axis2=2) == assignments).all()
     assert [len(layer) for layer in found.words] == [4, 4] and found.experts == ("0", "1", "2", "3")
     assert found.removal is not None and found.forcing is not None
     assert (found.removal.kind, found.forcing.kind) == ("remove", "force")
     assert sum("layers" in line for line in lines) == 4 and any(line.endswith("compared: 3, 6") for line in lines)
+
+
+def test_languages_are_of_the_tokens_that_have_one(workdir):
+    tokens = Tokens(*(np.array(column) for column in ([1, 2, 3, 4], [0, 0, 1, 2], [0, 1, 0, 0], [0, 0, 1, 2])))
+    loaded = types.SimpleNamespace(tokenizer=SymbolTokenizer(8))
+    kinds = label_kinds(tokens, loaded, ("a", "b", "c"), ("x", None, "y"))  # type: ignore[arg-type]
+    assert [kind for kind, *_ in kinds] == ["token class", "domain", "language", "position"]
+    found = specialisations(np.array([[[0], [0], [1], [1]]]), 2, kinds, 3)
+    np.testing.assert_array_equal(found[1].counts_NEC, [[[2, 0, 0], [0, 1, 1]]])
+    np.testing.assert_array_equal(found[2].counts_NEC, [[[2, 0], [0, 1]]])  # not the token of domain b
+    assert found[2].information[0].bits == pytest.approx(np.log2(3) - 2 / 3)  # the experts tell the language
+    unknown = label_kinds(tokens, loaded, ("a", "b", "c"), (None,) * 3)  # type: ignore[arg-type]
+    assert "language" not in [kind for kind, *_ in unknown]
+    with pytest.raises(ConfigError, match=r"languages='grammar': is.*did you mean 'grammar001'"):
+        analyze(workdir, Options(1, 0, languages={"grammar": "x"}))
 
 
 def test_another_step_and_without_the_long_part(workdir):

@@ -12,12 +12,14 @@ import pytest
 def test_a_page_beside_the_run(tmp_path):
     cases.write_run(tmp_path / "a", {1: 3, 2: 0})
     options = ["--batches=1", "--effect_batches=1", "--shuffles=2", "--renormalise", "--step=1"]
+    options += ["--languages=grammar001=Klingon"]
     status, out, errors = mains.call("analyze", f"--workdir={tmp_path / 'a'}", *options)
     assert status == 0, errors
     assert "compared: 1, 2" in out and "results in" in out and "analysis.html" in out
     stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
     given = {"batches": 1, "effect_batches": 1, "renormalise": True, "shuffles": 2, "step": 1, "best": False}
-    assert stored["options"] == given
+    assert stored["options"] == given | {"languages": {"grammar001": "Klingon"}}
+    assert stored["specialisation"]["language"]["labels"] == ["Klingon", "grammar000"]
     assert stored["step"] == 1 and stored["command"].startswith("python experiments/analyze.py --workdir=")
     domain = max(stored["specialisation"]["domain"]["layers"], key=lambda layer: layer["excess"])
     (line,) = [line for line in out.splitlines() if line.startswith("domain ")]
@@ -31,9 +33,10 @@ def test_a_page_beside_the_run(tmp_path):
         ({"model__moe": None}, [], "model.moe=None is"),
         ({}, ["--best", "--step=1"], "step=1"),
         ({}, ["--step=7"], "no such step"),
+        ({}, ["--languages=grammar001="], "languages='grammar001='"),
         (None, [], "holds no run"),
     ],
-    ids=["dense", "both", "absent", "empty"],
+    ids=["dense", "both", "absent", "language", "empty"],
 )
 def test_a_mistake_is_one_line(tmp_path, changes, arguments, words):
     if changes is not None:

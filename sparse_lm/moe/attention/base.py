@@ -47,7 +47,8 @@ class AttentionInputs:
     """What an attention sees beside the activations: see `nn.attention.Attention`.
 
     real_BL: False is padding, which gets no expert. ids_BL: token ids, for routers that look at them; previous_BL: the
-    id before in the same document, -1 where there is none; None is -1 everywhere.
+    id before in the same document, -1 where there is none; None is -1 everywhere. record: whether the statistics hold
+    the decisions as well.
     """
 
     positions_BL: Int[Array, "B L"]
@@ -55,6 +56,7 @@ class AttentionInputs:
     real_BL: Bool[Array, "B L"]
     ids_BL: Int[Array, "B L"]
     previous_BL: Int[Array, "B L"] | None = None
+    record: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +117,18 @@ class AttentionExperts(Config, abc.ABC):
         """The weights of the router losses; all 0 where no gradient reaches the router."""
         return self.balance
 
+    def names(self, num_heads: int) -> tuple[str, ...]:
+        """What the experts that statistics and decisions count are called, in their order."""
+        return tuple(map(str, range(self.num_experts)))
 
-def attention_stats(decision: TokenChoice, scores: Scores, real_BL: Bool[Array, "B L"], rules: Rules) -> LayerStats:
+
+def attention_stats(decision: TokenChoice, scores: Scores, inputs: AttentionInputs, rules: Rules) -> LayerStats:
     """Statistics of a layer in which every row is a group and nothing is dropped."""
+    real_BL = inputs.real_BL
     return LayerStats(
         router_stats(decision, scores, real_BL, real_BL.shape[1], rules),
         dispatch_stats(decision, decision.expert_GSK >= 0, real_BL),
+        decision if inputs.record else None,
     )
 
 

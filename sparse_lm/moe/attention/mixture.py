@@ -141,7 +141,7 @@ class MixtureAttention(ExpertAttention):
         gated_BLKE = gate_BLK[..., None] * chosen_BLKE
         mixed_BLEHI = merge(gated_BLKE, mixed_BLHKI, "BLKE,BLHKI->BLEHI", rules)
         y_BLD = rules.einsum("BLEHI,EHID->BLD", mixed_BLEHI, whole_experts(rules, self.out_EHID[...], "EHID", dtype))
-        stats = attention_stats(decision, scores, inputs.real_BL, rules)
+        stats = attention_stats(decision, scores, inputs, rules)
         return dropout(y_BLD, shape.dropout_rate, out_key), stored, stats
 
     def with_updated_router(self, stats):

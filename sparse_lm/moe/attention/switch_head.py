@@ -66,6 +66,11 @@ class SwitchHead(AttentionExperts):
                 f"({shape.num_heads})",
             )
 
+    def names(self, num_heads: int) -> tuple[str, ...]:
+        """See `AttentionExperts.names`: those of each head for values, then those of each head for outputs."""
+        pairs = [(head, expert) for head in range(num_heads) for expert in range(self.num_experts)]
+        return tuple(f"{side} {head}.{expert}" for side in ("value", "output") for head, expert in pairs)
+
     def build(self, key: jax.Array, shape: AttentionShape, rules: Rules) -> ExpertAttention:
         """See `AttentionExperts.build`."""
         return SwitchHeadAttention(key, self, shape, rules)
@@ -110,7 +115,7 @@ class SwitchHeadAttention(ExpertAttention):
         )
         mixed_BLEHI = merge(out_gate_BLHE, mixed_BLHI, "BLHE,BLHI->BLEHI", rules)
         y_BLD = rules.einsum("BLEHI,EHID->BLD", mixed_BLEHI, whole_experts(rules, self.out_EHID[...], "EHID", dtype))
-        stats = attention_stats(*self._joined(sides), inputs.real_BL, rules)
+        stats = attention_stats(*self._joined(sides), inputs, rules)
         return dropout(y_BLD, shape.dropout_rate, out_key), stored, stats
 
     def _route(self, scores: LinearScores, x_BLD, real_BL) -> tuple[TokenChoice, Scores]:
