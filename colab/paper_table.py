@@ -53,7 +53,7 @@ from sparse_lm.telemetry.inline import inline_page
 # down to three of its variants, two seeds and half of the steps; `experiments/ablate.py` runs it whole.
 
 # %%
-study = load_study(Path("../configs/ablations/experts.py")).smaller("e2", "e8", "e32", train__steps=400)
+study = load_study(Path("../configs/ablations/experts.py")).smaller("e2", "e16", "e32", train__steps=400)
 plan = make_plan(study, "toy", seeds=2)
 directory = study_dir(plan, Path("runs/studies"))
 print("\n".join(listing(plan, directory, Shard())))
