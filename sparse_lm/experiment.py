@@ -76,9 +76,10 @@ class Experiment(Config):
         except ValueError as error:
             raise ConfigError("mesh", dataclasses.asdict(self.mesh), str(error)) from None
         sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
-        self._check_batch(math.prod(sizes[axis] for axis in BATCH_AXES))
+        self._check_batch(sizes)
         model, moe = self.model, self.model.moe
         cuts = [
+            ("data.length", self.data.length, "context"),
             ("model.d_model", model.d_model, "fsdp"),
             ("model.num_heads", model.num_heads, "model"),
             ("model.num_kv_heads", model.kv_heads, "model"),
@@ -100,8 +101,9 @@ class Experiment(Config):
                 raise ConfigError(key, value, f"must be a multiple of mesh.{axis}={sizes[axis]}, or change the mesh")
         return sizes
 
-    def _check_batch(self, shards: int) -> None:
+    def _check_batch(self, sizes: dict[str, int]) -> None:
         microbatch = self.train.batch_size // self.train.accumulate
+        shards = math.prod(sizes[axis] for axis in BATCH_AXES)
         if microbatch % shards:
             raise ConfigError(
                 "train.batch_size",
@@ -113,11 +115,12 @@ class Experiment(Config):
         size = (moe.group_size if moe else None) or self.data.length
         by_position = moe is not None and moe.grouping == "position"
         tokens, what = (microbatch, "rows") if by_position else (microbatch * self.data.length, "tokens")
-        if tokens % size or tokens // size % shards:
+        groups, shards = tokens / size, shards * sizes["context"]
+        if groups % shards:
             raise ConfigError(
                 "model.moe.group_size",
                 size,
-                f"cuts a microbatch of {tokens} {what} into {tokens / size:g} groups, not whole for {shards} devices",
+                f"cuts a microbatch of {tokens} {what} into {groups:g} groups, not whole for {shards} devices",
             )
 
 

@@ -1,14 +1,6 @@
 """One table that says where every logical axis lives on the device mesh; nothing else spells a PartitionSpec.
 
-A mesh has four axes, each possibly of size 1:
-
-- `data`: copies of the parameters, each on its own sequences;
-- `fsdp`: like `data`, with the parameters and the optimizer state cut along D;
-- `expert`: like `data` for everything but the experts, which are cut along E;
-- `model`: tensor parallelism (heads, hidden width, vocabulary).
-
-All axes are explicit (`jax.sharding.AxisType.Explicit`): a sharding is part of an array's type, is checked while
-tracing, and `jax.typeof(x)` shows it.
+The mesh and its axes: `sparse_lm.mesh`.
 """
 
 from __future__ import annotations
@@ -24,9 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm.dims import LETTERS
-
-MESH_AXES = ("data", "fsdp", "expert", "model")
-BATCH_AXES = ("data", "fsdp", "expert")
+from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, make_mesh, mesh_shape  # noqa: F401
 
 Axes = str | tuple[str, ...] | None
 
@@ -50,9 +40,17 @@ class Rules:
                 if axis not in MESH_AXES:
                     raise ValueError(f"sharding rule {letter!r} -> unknown mesh axis {axis!r}; known: {MESH_AXES}")
 
-    def act(self, letters: str) -> PartitionSpec:
-        """The partition of an activation with these axes; `.` stands for an axis that is never cut."""
-        return _spec(letters, dict(self.activations))
+    def act(self, letters: str, shape: Sequence[int] | None = None) -> PartitionSpec:
+        """The partition of an activation with these axes; `.` stands for an axis that is never cut.
+
+        shape: with it L stays whole where the mesh does not divide it, as that of a single new token.
+        """
+        spec = _spec(letters, dict(self.activations))
+        if shape is None or "L" not in letters:
+            return spec
+        mesh, place = jax.sharding.get_abstract_mesh(), letters.index("L")
+        whole = not mesh.empty and shape[place] % _ways(mesh, spec[place])
+        return PartitionSpec(*spec[:place], None, *spec[place + 1 :]) if whole else spec
 
     def param(self, letters: str) -> PartitionSpec:
         """The partition of a stored parameter with these axes."""
@@ -76,7 +74,7 @@ class Rules:
 
     def constrain(self, x: jax.Array, letters: str) -> jax.Array:
         """The same values, laid out as an activation with these axes (moves data if they were laid out otherwise)."""
-        return _reshard(x, self.act(letters))
+        return _reshard(x, self.act(letters, x.shape))
 
     def einsum(self, subscripts: str, *operands: jax.Array, dtype=None) -> jax.Array:
         """`jnp.einsum` whose subscripts are logical axes; the result is laid out as an activation with its axes.
@@ -85,16 +83,21 @@ class Rules:
         Inside a `shard_map` it is the plain einsum over the local shards. dtype: of the sums and the result; None is
         that of the operands.
         """
-        out = self.act(subscripts.split("->")[1]) if explicit_mesh() else None
+        out = None
+        if explicit_mesh():
+            inputs, letters = subscripts.split("->")
+            sizes = {a: n for axes, x in zip(inputs.split(","), operands, strict=True) for a, n in zip(axes, x.shape)}
+            out = self.act(letters, [sizes[letter] for letter in letters])
         return jnp.einsum(subscripts, *operands, out_sharding=out, preferred_element_type=dtype)
 
     def reshape(self, x: jax.Array, shape: tuple[int, ...], letters: str) -> jax.Array:
         """`jnp.reshape` to an activation with these axes."""
-        return jnp.reshape(x, shape, out_sharding=self.act(letters) if explicit_mesh() else None)
+        return jnp.reshape(x, shape, out_sharding=self.act(letters, shape) if explicit_mesh() else None)
 
     def take_rows(self, table: jax.Array, rows: jax.Array, letters: str) -> jax.Array:
         """`table[rows]` of a table that every device holds whole, as an activation with axes `letters`."""
-        return table.at[rows].get(out_sharding=self.act(letters) if explicit_mesh() else None)
+        shape = (*rows.shape, *table.shape[1:])
+        return table.at[rows].get(out_sharding=self.act(letters, shape) if explicit_mesh() else None)
 
     def parameter_specs(self, tree):
         """The partition of every leaf of a tree of parameters, or of anything shaped and named like them.
@@ -253,10 +256,13 @@ def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
     if mesh.empty:
         return spec
 
-    def divides(size: int, axes: Axes) -> bool:
-        return size % math.prod(mesh.shape[axis] for axis in _as_tuple(axes)) == 0
+    cuts = zip(leaf.shape, spec, strict=False)
+    return PartitionSpec(*(None if size % _ways(mesh, axes) else axes for size, axes in cuts))
 
-    return PartitionSpec(*(a if divides(size, a) else None for size, a in zip(leaf.shape, spec, strict=False)))
+
+def _ways(mesh, axes: Axes) -> int:
+    """Into how many parts these mesh axes cut."""
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
 
 
 def _spec(letters: str, table: Mapping[str, Axes]) -> PartitionSpec:
@@ -278,8 +284,9 @@ def _spec(letters: str, table: Mapping[str, Axes]) -> PartitionSpec:
 DEFAULT = Rules(
     activations=(
         ("B", BATCH_AXES),
-        ("G", BATCH_AXES),
-        ("U", BATCH_AXES),
+        ("L", "context"),
+        ("G", TOKEN_AXES),
+        ("U", TOKEN_AXES),
         ("F", "model"),
         ("H", "model"),
         ("J", "model"),
@@ -294,40 +301,6 @@ DEFAULT = Rules(
         ("V", "model"),
     ),
 )
-
-
-def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
-    """Resolves mesh sizes against the number of devices; one size may be -1 and takes what is left.
-
-    Raises `ValueError` naming the axis when the sizes cannot tile the devices.
-    """
-    unknown = sorted(sizes.keys() - set(MESH_AXES))
-    if unknown:
-        raise ValueError(f"unknown mesh axis {unknown[0]!r}; known: {', '.join(MESH_AXES)}")
-    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    free = [axis for axis, size in shape.items() if size == -1]
-    bad = [axis for axis, size in shape.items() if size != -1 and size < 1]
-    if bad or len(free) > 1:
-        axis = bad[0] if bad else free[1]
-        raise ValueError(f"mesh.{axis}={shape[axis]}: sizes are positive, and only one axis may be -1 (what is left)")
-    fixed = math.prod(size for size in shape.values() if size != -1)
-    if free:
-        if num_devices % fixed:
-            raise ValueError(f"mesh {shape} leaves no whole number for mesh.{free[0]} on {num_devices} devices")
-        shape[free[0]] = num_devices // fixed
-    elif fixed != num_devices:
-        raise ValueError(
-            f"mesh {shape} needs {fixed} devices and there are {num_devices}; "
-            "set one axis to -1 or start with --devices=N for N virtual CPU devices"
-        )
-    return tuple(shape.values())
-
-
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """An explicit mesh over `devices` (default: all), axes in the order of `MESH_AXES`."""
-    devices = list(jax.devices() if devices is None else devices)
-    shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
 
 
 def put(mesh: Mesh, rules: Rules, x: np.ndarray, letters: str) -> jax.Array:

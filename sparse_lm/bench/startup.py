@@ -184,7 +184,7 @@ def _phases(experiment: Experiment, times: list[float]) -> Phases:
         times.append(now())
         step = make_train_step(optimizer, train.accumulate, len(dataset.domains))
         for number in range(STEPS):
-            batch = jax.tree.map(lambda x: put(mesh, DEFAULT, x, "BL"), loader.batch_at(number))
+            batch = jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), loader.batch_at(number))
             state, _ = jax.block_until_ready(step(state, batch, root))
             times.append(now())
     imports, data, made, first, *later = (after - before for before, after in itertools.pairwise(times))

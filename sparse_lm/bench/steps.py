@@ -60,7 +60,7 @@ def stepper(experiment: Experiment, mesh: Mesh) -> Callable[[], float]:
     root = jax.random.key(experiment.seed)
     state = jax.jit(lambda key: create_state(key, model, optimizer, DEFAULT))(root)
     step = make_train_step(optimizer, train.accumulate, 1)
-    batch = jax.tree.map(lambda x: put(mesh, DEFAULT, x, "BL"), random_batch(experiment))
+    batch = jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), random_batch(experiment))
 
     def call() -> float:
         nonlocal state

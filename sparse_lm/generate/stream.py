@@ -117,9 +117,9 @@ def _advance(model, tokens_BL, padding_B, start, cache, key, sampling):
     segments_BT = (jnp.arange(places) >= padding_B[:, None]).astype(jnp.int32)
     positions_BL = jnp.maximum(start + jnp.arange(length) - padding_B[:, None], 0)
     logits_BLV, cache = model.extend(
-        rules.constrain(tokens_BL, "BL"),
+        rules.constrain(tokens_BL, "B."),
         rules.constrain(segments_BT, "BT"),
-        rules.constrain(positions_BL, "BL"),
+        rules.constrain(positions_BL, "B."),
         start,
         cache,
     )

@@ -283,7 +283,7 @@ def device_bytes(tree: Any) -> int:
 def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules) -> CompiledStep | OutOfMemory:
     train = experiment.train
     shape = (train.batch_size, experiment.data.length + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, rules.act("BL")))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, rules.act("B.")))
     batch = cast(Any, Batch)(*(tokens for _ in dataclasses.fields(Batch)))
     # Domains of a text are known only once it is read. They change a few sums of the metrics and nothing else.
     domains = experiment.data.grammar.num_domains if experiment.data.source == "grammar" else 1

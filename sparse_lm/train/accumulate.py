@@ -32,8 +32,8 @@ def microbatches(batch: Batch, number: int, rules: Rules, together: int = 1) -> 
                 f"train.accumulate={number} does not divide {rows} rows in routing groups of {together}; choose a "
                 f"batch of a multiple of {number * together} rows, or a smaller model.moe.group_size"
             )
-        x = jnp.swapaxes(rules.reshape(x, (rows // (number * together), number, together, length), "B..L"), 0, 1)
-        return rules.reshape(x, (number, rows // number, length), ".BL")
+        x = jnp.swapaxes(rules.reshape(x, (rows // (number * together), number, together, length), "B..."), 0, 1)
+        return rules.reshape(x, (number, rows // number, length), ".B.")
 
     return jax.tree.map(cut, batch)
 

@@ -51,7 +51,9 @@ class CheckpointConfig(Config):
 class MeshConfig(Config):
     """Sizes of the mesh axes (see `sparse_lm.sharding`); one of them may be -1: whatever devices are left."""
 
+    replica: int = 1
     data: int = -1
     fsdp: int = 1
     expert: int = 1
+    context: int = 1
     model: int = 1

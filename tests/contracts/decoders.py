@@ -56,7 +56,7 @@ def host_batch() -> Batch:
 
 def placed(batch: Batch) -> Batch:
     """The batch on the mesh that is set."""
-    return jax.tree.map(lambda x: DEFAULT.constrain(jnp.asarray(x), "BL"), batch)
+    return jax.tree.map(lambda x: DEFAULT.constrain(jnp.asarray(x), "B."), batch)
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:

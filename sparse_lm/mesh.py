@@ -1,0 +1,91 @@
+"""The device mesh: its axes, their sizes, and how they lie over slices.
+
+A mesh has six axes, each possibly of size 1:
+
+- `replica`: like `data`, over slices or nodes that only a slow network joins;
+- `data`: copies of the parameters, each on its own sequences;
+- `fsdp`: like `data`, with the parameters and the optimizer state cut along D;
+- `expert`: like `data` for everything but the experts, which are cut along E;
+- `context`: every sequence is cut along L; attention gathers keys and values;
+- `model`: tensor parallelism (heads, hidden width, vocabulary).
+
+All axes are explicit (`jax.sharding.AxisType.Explicit`): a sharding is part of an array's type, is checked while
+tracing, and `jax.typeof(x)` shows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "model")
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+    """Resolves mesh sizes against the number of devices; one size may be -1 and takes what is left.
+
+    Raises `ValueError` naming the axis when the sizes cannot tile the devices.
+    """
+    unknown = sorted(sizes.keys() - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"unknown mesh axis {unknown[0]!r}; known: {', '.join(MESH_AXES)}")
+    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    free = [axis for axis, size in shape.items() if size == -1]
+    bad = [axis for axis, size in shape.items() if size != -1 and size < 1]
+    if bad or len(free) > 1:
+        axis = bad[0] if bad else free[1]
+        raise ValueError(f"mesh.{axis}={shape[axis]}: sizes are positive, and only one axis may be -1 (what is left)")
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    if free:
+        if num_devices % fixed:
+            raise ValueError(f"mesh {shape} leaves no whole number for mesh.{free[0]} on {num_devices} devices")
+        shape[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise ValueError(
+            f"mesh {shape} needs {fixed} devices and there are {num_devices}; "
+            "set one axis to -1 or start with --devices=N for N virtual CPU devices"
+        )
+    return tuple(shape.values())
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """An explicit mesh over `devices` (default: all), axes in the order of `MESH_AXES`.
+
+    Devices of several slices (TPU slices joined by a data centre's network) are laid out so that the outermost axes,
+    `replica` first, cross slices and the others stay inside one. Raises `ValueError` when the sizes do not allow that.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    kinds = (AxisType.Explicit,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    outer = across_slices(shape, slices)
+    inner = tuple(size // out for size, out in zip(shape, outer, strict=True))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=kinds)
+
+
+def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """How much of each mesh axis crosses slices: `replica` takes all it can, then `data`, then `fsdp`.
+
+    Raises `ValueError` when these axes do not hold a factor of the number of slices: the others move activations,
+    which a slow network must not carry.
+    """
+    outer, left = [1] * len(MESH_AXES), slices
+    for place, axis in enumerate(MESH_AXES):
+        if axis in ("replica", "data", "fsdp"):
+            outer[place] = math.gcd(shape[place], left)
+            left //= outer[place]
+    if left > 1:
+        raise ValueError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} cannot be laid over {slices} slices: a multiple of that "
+            f"has to be in replica x data x fsdp; set mesh.replica={slices}"
+        )
+    return tuple(outer)
