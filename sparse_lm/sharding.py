@@ -52,6 +52,11 @@ class Rules:
         whole = not mesh.empty and shape[place] % _ways(mesh, spec[place])
         return PartitionSpec(*spec[:place], None, *spec[place + 1 :]) if whole else spec
 
+    def ways(self, letter: str, size: int) -> int | None:
+        """Into how many parts activations are cut along an axis of this size; None where the mesh does not divide it."""
+        parts = _ways(jax.sharding.get_abstract_mesh(), self.act(letter)[0]) if explicit_mesh() else 1
+        return None if size % parts else parts
+
     def param(self, letters: str) -> PartitionSpec:
         """The partition of a stored parameter with these axes."""
         return _spec(letters, dict(self.parameters))
@@ -152,6 +157,7 @@ class Rules:
         """
         if not explicit_mesh():
             return body(*arrays)
+        arrays = tuple(self.constrain(x, axes) for x, axes in zip(arrays, letters, strict=True))
         specs = tuple(self.act(axes) for axes in letters)
         return jax.shard_map(body, in_specs=specs, out_specs=self.act(out))(*arrays)
 

@@ -101,7 +101,7 @@ def test_the_same_on_a_mesh(implementation, kv_heads, sizes, mesh_of):
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(x, NamedSharding(mesh, DEFAULT.act(letters[name]))) for name, x in given.items()}
-        rows = [jax.device_put(x, NamedSharding(mesh, DEFAULT.act("BL"))) for x in (segments, positions)]
+        rows = [jax.device_put(x, NamedSharding(mesh, DEFAULT.act("B."))) for x in (segments, positions)]
         found = gradients(implementation, placed, rows[0], rows[1], FEATURES["all"])
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-5)
@@ -115,11 +115,11 @@ def test_splash_interpreted_on_a_mesh(mesh_of):
 
     def value(operands, rules_apply):
         sight = row_sight(jnp.ones((2, 128), jnp.int32))
-        mixed = rules_apply(lambda operands, sight: splash(operands, sight, (0.3, None), 128, True), operands, sight)
+        mixed = rules_apply(lambda operands, sight, _: splash(operands, sight, (0.3, None), 128, True), operands, sight)
         return jnp.sum(mixed**2)
 
     def plain(body, operands, sight):
-        return body(operands, sight)
+        return body(operands, sight, None)
 
     def cut(body, operands, sight):
         return per_shard(body, operands, sight, DEFAULT, checked=False)
@@ -127,7 +127,7 @@ def test_splash_interpreted_on_a_mesh(mesh_of):
     expected = jax.jit(jax.grad(value), static_argnums=1)(given, plain)
     mesh = mesh_of(data=2, model=2)
     with jax.set_mesh(mesh):
-        letters = ("BLHI", "BLHI", "BLHI", "H")
+        letters = ("BLHI", "BTHI", "BTHI", "H")
         placed = tuple(
             jax.device_put(x, NamedSharding(mesh, DEFAULT.act(names))) for x, names in zip(given, letters, strict=True)
         )

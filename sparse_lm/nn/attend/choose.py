@@ -54,7 +54,7 @@ def attend(
     """
     dropping = dropout_key is not None and softmax.rate > 0
     shape = (query_BLHI.shape[1], key_BTJI.shape[1], query_BLHI.shape[3], value_BTJW.shape[3])
-    chosen = implementation_of(softmax, sight, shape, dropping)
+    chosen = implementation_of(softmax, sight, shape, dropping, rules.ways("L", shape[0]))
     scale = query_BLHI.shape[-1] ** -0.5 if softmax.scale is None else softmax.scale
     scoring = (scale, softmax.soft_cap)
     operands = (query_BLHI, key_BTJI, value_BTJW, sinks_H)
@@ -62,18 +62,21 @@ def attend(
         return reference(operands, sight, scoring, rules, softmax.rate, dropout_key)
     implementation = {"chunked": chunked, "splash": splash, "cudnn": cudnn}[chosen]
 
-    def body(operands, sight):
-        return implementation(operands, sight, scoring, softmax.block)
+    def body(operands, sight, pieces):
+        return implementation(operands, sight, scoring, softmax.block, *([pieces] if chosen == "chunked" else []))
 
     return per_shard(body, operands, sight, rules, checked=chosen == "chunked")
 
 
-def implementation_of(softmax: Softmax, sight: Sight, shape: tuple[int, int, int, int], dropping: bool) -> str:
+def implementation_of(
+    softmax: Softmax, sight: Sight, shape: tuple[int, int, int, int], dropping: bool, devices: int | None = 1
+) -> str:
     """The implementation that `attend` takes.
 
     shape: length, keys, width of a query, width of a value. dropping: whether weights are dropped, which only the
     reference does, since what a loop over blocks drops would depend on their size. `auto` is the reference where one
     block holds all, and otherwise splash on a TPU and chunked elsewhere. What the kernels ask for: see `kernels`.
+    devices: that share a row; the kernels want it whole. None is a row that the mesh does not divide, for the reference.
     """
     length, keys, *widths = shape
     asked, where = softmax.implementation, platform()
@@ -82,14 +85,18 @@ def implementation_of(softmax: Softmax, sight: Sight, shape: tuple[int, int, int
             raise ConfigError("model.dropout", softmax.rate, f"is not in {asked} attention; use auto or reference")
         return "reference"
     small = max(length, keys) <= softmax.block or length == 1
+    if devices is None:
+        return "reference"
     if asked in ("reference", "chunked"):
         return asked
     if sight.layout != "row":
         # Kernels are for whole rows; a cache is read, and some tokens of a row are looked at, by the plain forms.
         return "reference" if small else "chunked"
     if asked == "auto":
-        fits = where == "tpu" and splash_block(length, softmax.block) is not None
+        fits = where == "tpu" and devices == 1 and splash_block(length, softmax.block) is not None
         return "reference" if small else "splash" if fits else "chunked"
+    if devices > 1:
+        raise ConfigError("mesh.context", devices, f"{asked} attention wants whole rows; use implementation=auto")
     if where != PLATFORM[asked]:
         raise ConfigError(
             "model.heads.implementation", asked, f"runs on {PLATFORM[asked]} and this is {where}; use auto"

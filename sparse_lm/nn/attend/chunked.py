@@ -9,12 +9,14 @@ are known before compilation, so that one loop of a fixed number of turns runs o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparse_lm.nn.attend.context import AXIS, WHOLE, Pieces
 from sparse_lm.nn.attend.sight import Sight
 from sparse_lm.sharding import varying
 
@@ -22,42 +24,69 @@ Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 Scoring = tuple[float, float | None]
 
 
-def chunked(operands: Operands, sight: Sight, scoring: Scoring, block: int) -> Float[Array, "B L H W"]:
-    """See `attend`; for plain local arrays. block: tokens per block. operands, scoring: see `reference`."""
+def chunked(
+    operands: Operands, sight: Sight, scoring: Scoring, block: int, pieces: Pieces = WHOLE
+) -> Float[Array, "B L H W"]:
+    """See `attend`; for plain local arrays. block: tokens per block. operands, scoring: see `reference`.
+
+    pieces: which parts of a row the queries of each device along `context` are.
+    """
     query_BLHI, key_BTJI, value_BTJW, sinks_H = operands
     batch, length, num_heads, width = query_BLHI.shape
     heads, keys = key_BTJI.shape[2], key_BTJI.shape[1]
-    rows, columns = min(block, length), min(block, keys)
+    rows, columns = _rows(length // len(pieces[0]), block, len(pieces) > 1), min(block, keys)
     query = _blocks(query_BLHI.reshape(batch, length, heads, num_heads // heads, width), rows)
     key, value = _blocks(key_BTJI, columns), _blocks(value_BTJW, columns)
     sinks = None if sinks_H is None else sinks_H.reshape(heads, num_heads // heads)
-    pairs = visited(length, keys, (rows, columns), sight)
+    pairs = _pairs(pieces, (length, keys), (rows, columns), sight)
     blocked = _blocked(sight, rows, columns)
-    mixed: jax.Array = _attend((query, key, value, sinks), blocked, scoring, pairs)  # type: ignore  # [blocks, B, J, R, rows, W]
+    mixed: jax.Array = _attend((query, key, value, sinks), blocked, pairs, scoring)  # type: ignore  # [blocks, B, J, R, rows, W]
     mixed = jnp.moveaxis(mixed, 0, 3).reshape(batch, num_heads, -1, value_BTJW.shape[-1])[:, :, :length]
     return jnp.swapaxes(mixed, 1, 2).astype(query_BLHI.dtype)
 
 
-def visited(length: int, keys: int, blocks: tuple[int, int], sight: Sight) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The pairs of a block of queries and one of keys in which a query may see a key: numbers of both."""
+def visited(starts: Sequence[int], keys: int, blocks: tuple[int, int], sight: Sight) -> list[tuple[int, int]]:
+    """The pairs of a block of queries and one of keys in which a query may see a key: numbers of both.
+
+    starts: the place in the row of the first query of each block. blocks: queries and keys of a block.
+    """
     rows, columns = blocks
     pairs = []
-    for i in range(-(-length // rows)):
+    for i, start in enumerate(starts):
         for j in range(-(-keys // columns)):
             # Between tokens that are some of a row there are fewer others than places, so that reach holds there too.
-            after = j * columns > min((i + 1) * rows, length) - 1
-            before = sight.reach is not None and (j + 1) * columns - 1 <= i * rows - sight.reach
+            after = j * columns > start + rows - 1
+            before = sight.reach is not None and (j + 1) * columns - 1 <= start - sight.reach
             if sight.layout == "cache" or not (after or before):
                 pairs.append((i, j))
-    return tuple(zip(*pairs, strict=True))  # type: ignore[return-value]
+    return pairs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(operands, sight, scoring, pairs):
-    return _forward(operands, sight, scoring, pairs)[0]
+def _rows(piece: int, block: int, exact: bool) -> int:
+    """Queries of a block: as many as asked for, or the most below that divide the piece."""
+    return max(n for n in range(1, min(block, piece) + 1) if piece % n == 0) if exact else min(block, piece)
 
 
-def _forward(operands, sight, scoring, pairs):
+def _pairs(pieces: Pieces, lengths: tuple[int, int], blocks: tuple[int, int], sight: Sight):
+    """This device's pairs, and which of them count: all devices take as many turns as the one with most."""
+    (length, keys), rows = lengths, blocks[0]
+    size = length // len(pieces[0])
+    starts = [[piece * size + row for piece in own for row in range(0, size, rows)] for own in pieces]
+    lists = [visited(own, keys, blocks, sight) for own in starts]
+    most = max(map(len, lists))
+    table = np.asarray([[*pairs, *[(0, 0)] * (most - len(pairs))] for pairs in lists], np.int32)
+    counts = np.asarray([len(pairs) for pairs in lists])
+    here = jax.lax.axis_index(AXIS) if len(pieces) > 1 else 0
+    mine = jnp.asarray(table)[here]
+    return mine[:, 0], mine[:, 1], jnp.arange(most) < jnp.asarray(counts)[here]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(operands, sight, pairs, scoring):
+    return _forward(operands, sight, pairs, scoring)[0]
+
+
+def _forward(operands, sight, pairs, scoring):
     query, key, value, sinks = operands
     number, batch, rows, heads, group, _ = query.shape
     sums = jnp.promote_types(query.dtype, jnp.float32)
@@ -65,8 +94,8 @@ def _forward(operands, sight, scoring, pairs):
 
     def turn(carry, pair):
         mixed, highest, total = carry
-        i, j = pair
-        scores, mask, _ = _scores(query[i], key[j], _pair(sight, i, j), scoring)
+        i, j, counts = pair
+        scores, mask, _ = _scores(query[i], key[j], _pair(sight, i, j), scoring, counts)
         before = highest[i]
         new = jnp.maximum(before, jnp.max(jnp.where(mask, scores, floor), axis=-1))
         weights = jnp.where(mask, jnp.exp(scores - new[..., None]), 0)
@@ -81,22 +110,22 @@ def _forward(operands, sight, scoring, pairs):
     highest = varying(jnp.broadcast_to(start, shape))
     total = varying(jnp.full(shape, 0.0 if sinks is None else 1.0, sums))
     mixed = varying(jnp.zeros((*shape, value.shape[-1]), sums))
-    (mixed, highest, total), _ = jax.lax.scan(turn, (mixed, highest, total), _indices(pairs))
+    (mixed, highest, total), _ = jax.lax.scan(turn, (mixed, highest, total), pairs)
     mixed = mixed / jnp.where(total > 0, total, 1)[..., None]
     log_total = highest + jnp.log(jnp.where(total > 0, total, 1))
     mixed = mixed.astype(query.dtype)
-    return mixed, (operands, sight, mixed, log_total)
+    return mixed, (operands, sight, pairs, mixed, log_total)
 
 
-def _backward(scoring, pairs, residuals, d_mixed):
-    (query, key, value, sinks), sight, mixed, log_total = residuals
+def _backward(scoring, residuals, d_mixed):
+    (query, key, value, sinks), sight, pairs, mixed, log_total = residuals
     sums, scale = log_total.dtype, scoring[0]
     slope = jnp.sum(d_mixed.astype(sums) * mixed.astype(sums), axis=-1)
 
     def turn(carry, pair):
         d_query, d_key, d_value = carry
-        i, j = pair
-        scores, mask, capped = _scores(query[i], key[j], _pair(sight, i, j), scoring)
+        i, j, counts = pair
+        scores, mask, capped = _scores(query[i], key[j], _pair(sight, i, j), scoring, counts)
         weights = jnp.where(mask, jnp.exp(scores - log_total[i][..., None]), 0)
         outer = d_mixed[i]
         product = functools.partial(jnp.einsum, preferred_element_type=sums)
@@ -111,7 +140,7 @@ def _backward(scoring, pairs, residuals, d_mixed):
         return (d_query, d_key, d_value), None
 
     start = tuple(varying(jnp.zeros(operand.shape, sums)) for operand in (query, key, value))
-    grads, _ = jax.lax.scan(turn, start, _indices(pairs))
+    grads, _ = jax.lax.scan(turn, start, pairs)
     d_query, d_key, d_value = (
         grad.astype(operand.dtype) for grad, operand in zip(grads, (query, key, value), strict=True)
     )
@@ -119,13 +148,13 @@ def _backward(scoring, pairs, residuals, d_mixed):
     if sinks is not None:
         share = jnp.exp(sinks.astype(sums)[:, :, None] - log_total)
         d_sinks = -jnp.sum(share * slope, axis=(0, 1, 4)).astype(sinks.dtype)
-    return (d_query, d_key, d_value, d_sinks), None
+    return (d_query, d_key, d_value, d_sinks), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(query, key, sight: Sight, scoring: Scoring):
+def _scores(query, key, sight: Sight, scoring: Scoring, counts):
     """Scores of a pair of blocks, where a query sees a key, and the hyperbolic tangent under a soft cap."""
     scale, cap = scoring
     sums = jnp.promote_types(query.dtype, jnp.float32)
@@ -134,15 +163,11 @@ def _scores(query, key, sight: Sight, scoring: Scoring):
     if cap is not None:
         capped = jnp.tanh(scores / cap)
         scores = cap * capped
-    return scores, sight.mask()[:, None, None], capped
+    return scores, (sight.mask() & counts)[:, None, None], capped
 
 
 def _put(whole, i, part):
     return jax.lax.dynamic_update_index_in_dim(whole, part, i, 0)
-
-
-def _indices(pairs):
-    return tuple(jnp.asarray(np.asarray(numbers, np.int32)) for numbers in pairs)
 
 
 def _blocks(x_BL: jax.Array, size: int) -> jax.Array:
