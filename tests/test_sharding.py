@@ -11,15 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_lm import sharding
 from sparse_lm.dims import LETTERS
+from sparse_lm.mesh import BATCH_AXES, TOKEN_AXES, make_mesh
 from sparse_lm.sharding import (
-    BATCH_AXES,
     DEFAULT,
-    MESH_AXES,
     Rules,
     abstract_sharded,
     letters_of,
-    make_mesh,
-    mesh_shape,
     put,
 )
 
@@ -44,9 +41,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
 @pytest.mark.parametrize(
     ("kind", "letters", "expected"),
     [
-        ("act", "BLD", P(BATCH_AXES, None, None)),
-        ("act", "BLHI", P(BATCH_AXES, None, "model", None)),
-        ("act", "GSV", P(BATCH_AXES, None, "model")),
+        ("act", "BLD", P(BATCH_AXES, "context", None)),
+        ("act", "BLHI", P(BATCH_AXES, "context", "model", None)),
+        ("act", "GSV", P(TOKEN_AXES, None, "model")),
         ("act", ".D", P(None, None)),
         ("act", "", P()),
         ("param", "DF", P("fsdp", "model")),
@@ -73,7 +70,7 @@ def test_gathered_keeps_the_other_half_of_a_double_cut():
     [
         ({"activations": (("X", "data"),)}, "sharding rule for unknown axis 'X'; known: B, L"),
         ({"parameters": (("x", "data"),)}, "unknown axis 'x'"),
-        ({"activations": (("B", "batch"),)}, r"'B' -> unknown mesh axis 'batch'; known: \('data', 'fsdp'"),
+        ({"activations": (("B", "batch"),)}, r"'B' -> unknown mesh axis 'batch'; known: \('replica', 'data', 'fsdp'"),
         ({"parameters": (("D", ("fsdp", "nodes")),)}, "'D' -> unknown mesh axis 'nodes'"),
     ],
 )
@@ -98,56 +95,7 @@ def test_specs_refuse_a_mesh_axis_used_twice(kind, letters, axis):
         getattr(DEFAULT, kind)(letters)
 
 
-# Meshes
-
-
-@pytest.mark.parametrize(
-    ("sizes", "devices", "expected"),
-    [
-        ({}, 1, (1, 1, 1, 1)),
-        ({"data": 8}, 8, (8, 1, 1, 1)),
-        ({"data": -1}, 8, (8, 1, 1, 1)),
-        ({"model": -1, "data": 2}, 8, (2, 1, 1, 4)),
-        ({"data": -1, "fsdp": 2, "expert": 2, "model": 2}, 8, (1, 2, 2, 2)),
-        ({"expert": 3, "fsdp": -1}, 6, (1, 2, 3, 1)),
-        ({"model": 2, "data": 4}, 8, (4, 1, 1, 2)),
-    ],
-)
-def test_mesh_shape(sizes, devices, expected):
-    assert mesh_shape(sizes, devices) == expected
-
-
-@pytest.mark.parametrize(
-    ("sizes", "devices", "message"),
-    [
-        ({"data": 0}, 8, "mesh.data=0: sizes are positive"),
-        ({"expert": -2}, 8, "mesh.expert=-2: sizes are positive"),
-        ({"data": -1, "model": -1}, 8, "mesh.model=-1: .* only one axis may be -1"),
-        ({"data": -1, "model": 3}, 8, "no whole number for mesh.data on 8 devices"),
-        ({"data": -1, "model": 16}, 8, "no whole number for mesh.data on 8 devices"),
-        ({"data": 4}, 8, "needs 4 devices and there are 8; set one axis to -1 or start with --devices=N"),
-        ({"data": 4, "expert": 4}, 8, "needs 16 devices and there are 8"),
-        ({}, 8, "needs 1 devices and there are 8"),
-    ],
-)
-def test_mesh_shape_refuses(sizes, devices, message):
-    with pytest.raises(ValueError, match=message):
-        mesh_shape(sizes, devices)
-
-
-def test_make_mesh_is_explicit_and_takes_all_devices():
-    mesh = make_mesh({"data": 2, "model": -1})
-    assert mesh.axis_names == MESH_AXES
-    assert mesh.axis_types == (AxisType.Explicit,) * 4
-    assert mesh.devices.shape == (2, 1, 1, 4)
-    assert set(mesh.devices.flat) == set(jax.devices())
-
-
-def test_make_mesh_over_some_devices():
-    devices = jax.devices()[2:4]
-    assert set(make_mesh({"expert": 2}, devices).devices.flat) == set(devices)
-    with pytest.raises(ValueError, match="needs 8 devices and there are 2"):
-        make_mesh({"data": 8}, devices)
+# Weights and activations, and what knows of a mesh
 
 
 def test_mesh_awareness(mesh_of):
@@ -160,9 +108,6 @@ def test_mesh_awareness(mesh_of):
         )
         assert inside == [False]
     assert not sharding.explicit_mesh()
-
-
-# Weights and activations
 
 
 @each_mesh

@@ -41,7 +41,7 @@ def evaluate_run(run: Run, trained: Path, here: Path, stream: TextIO) -> float:
         if loaded.step != experiment.train.steps:
             raise TrainingError(f"its training {run.training.name} is at step {loaded.step}; let it end first")
         held_out = validation_batches(dataset, experiment.train.batch_size, experiment.train.eval_batches)
-        batches = [jax.tree.map(lambda x: put(mesh, DEFAULT, x, "BL"), batch) for batch in held_out]
+        batches = [jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), batch) for batch in held_out]
         evaluation = make_evaluate(dataset.domains)(loaded.model, batches)
     row = validation_row(loaded.step, evaluation, dataset.validation_bytes_per_target, dataset.entropy)
     before = load_run(trained)

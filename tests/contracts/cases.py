@@ -193,6 +193,8 @@ MESHES: dict[str, dict[str, int]] = {
     "data2-expert4": {"data": 2, "expert": 4},
     "data2-expert2-model2": {"data": 2, "expert": 2, "model": 2},
     "fsdp2-expert2-model2": {"fsdp": 2, "expert": 2, "model": 2},
+    "replica2-expert2-context2": {"replica": 2, "expert": 2, "context": 2},
+    "fsdp2-context2-model2": {"fsdp": 2, "context": 2, "model": 2},
 }
 
 MESH_CASES = ("switch_shared", "top2_after_drop", "dropless")  # top-1 and top-2, with and without shared experts
