@@ -145,14 +145,14 @@ def test_whole_is_on_every_device(mesh_of):
 
 @each_mesh
 def test_constrain_moves_and_keeps_values(mesh_of, sizes):
-    x = normal(0, 8, 3, 8, 2)
+    x = normal(0, 8, 6, 8, 2)
     assert DEFAULT.constrain(x, "BLHI") is x
     with jax.set_mesh(mesh_of(**sizes)):
         moved = DEFAULT.constrain(x, "BLHI")
-        assert jax.typeof(moved).sharding.spec == P(BATCH_AXES, None, "model", None)
+        assert jax.typeof(moved).sharding.spec == P(BATCH_AXES, "context", "model", None)
         np.testing.assert_array_equal(moved, x)
         rows = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1))
-        assert moved.addressable_shards[0].data.shape == (rows, 3, 8 // sizes.get("model", 1), 2)
+        assert moved.addressable_shards[0].data.shape == (rows, 6, 8 // sizes.get("model", 1), 2)
 
 
 @each_mesh
@@ -182,13 +182,13 @@ def test_reshape_and_take_rows(mesh_of):
     with jax.set_mesh(mesh_of(data=4, expert=2)):
         out, taken = check()
         assert jax.typeof(out).sharding.spec == P(BATCH_AXES, "model", None)
-        assert jax.typeof(taken).sharding.spec == P(BATCH_AXES, None, None)
+        assert jax.typeof(taken).sharding.spec == P(BATCH_AXES, "context", None)
 
 
 def test_put_cuts_a_host_array(mesh_of):
     x = np.arange(32).reshape(8, 4)
     placed = put(mesh_of(data=2, fsdp=2, model=2), DEFAULT, x, "BL")
-    assert jax.typeof(placed).sharding.spec == P(BATCH_AXES, None)
+    assert jax.typeof(placed).sharding.spec == P(BATCH_AXES, "context")
     np.testing.assert_array_equal(placed, x)
     for shard in placed.addressable_shards:
         assert shard.data.shape == (2, 4)
@@ -256,3 +256,18 @@ def test_the_default_table_is_about_known_letters():
     letters = {letter for letter, _ in (*DEFAULT.activations, *DEFAULT.parameters)}
     assert letters <= set(LETTERS)
     assert "S" not in letters and "C" not in letters, "sorts and cumulative sums over a group stay on one device"
+
+
+def test_a_length_that_the_mesh_does_not_divide_stays_whole(mesh_of):
+    """As that of one new token in generation."""
+    assert DEFAULT.ways("L", 6) == 1  # without a mesh
+    x, weight = normal(0, 2, 3, 4), normal(1, 4, 6)
+    with jax.set_mesh(mesh_of(data=2, context=4)):
+        assert DEFAULT.ways("L", 8) == 4 and DEFAULT.ways("L", 6) is None
+        assert DEFAULT.act("BLD", (2, 8, 4)) == DEFAULT.act("BLD") == P(BATCH_AXES, "context", None)
+        placed = DEFAULT.constrain(x, "BLD")
+        product = DEFAULT.einsum("BLD,DF->BLF", placed, weight)
+        taken = DEFAULT.take_rows(weight, jnp.zeros((2, 3), jnp.int32), "BLF")
+        for made in (placed, product, taken, DEFAULT.reshape(product, (2, 3, 2, 3), "BLH.")):
+            assert jax.typeof(made).sharding.spec[:2] == (BATCH_AXES, None)
+        np.testing.assert_allclose(product, jnp.einsum("BLD,DF->BLF", x, weight), rtol=1e-5)
