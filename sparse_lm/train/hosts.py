@@ -43,8 +43,8 @@ def process_rows(mesh: Mesh, rules: Rules, size: int, devices: Collection[jax.De
 
 
 def place(mesh: Mesh, rules: Rules, x: np.ndarray, rows: tuple[int, ...], size: int) -> jax.Array:
-    """A [size, L] array on the mesh, cut along B, from `rows`, those that this process holds of it."""
-    sharding = NamedSharding(mesh, rules.act("B."))
+    """A [size, L] array on the mesh, cut as B and L are, from `rows`, those that this process holds of it."""
+    sharding = NamedSharding(mesh, rules.act("BL"))
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         held = range(size)[index[0]]
