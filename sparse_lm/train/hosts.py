@@ -32,7 +32,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def process_rows(mesh: Mesh, rules: Rules, size: int, devices: Collection[jax.Device] | None = None) -> tuple[int, ...]:
+def process_rows(mesh: Mesh, rules: Rules, size: int, devices: Collection[Any] | None = None) -> tuple[int, ...]:
     """The rows of a batch of `size` that lie on `devices` (None: those of this process), in ascending order.
 
     Where the batch is cut over all processes they share no row; those that a `model` axis joins have the same ones.
@@ -43,10 +43,10 @@ def process_rows(mesh: Mesh, rules: Rules, size: int, devices: Collection[jax.De
 
 
 def place(mesh: Mesh, rules: Rules, x: np.ndarray, rows: tuple[int, ...], size: int) -> jax.Array:
-    """A [size, L] array on the mesh, cut as B and L are, from `rows`, those that this process holds of it."""
-    sharding = NamedSharding(mesh, rules.act("BL"))
+    """A [size, L] array on the mesh, cut along B, from `rows`, those that this process holds of it."""
+    sharding = NamedSharding(mesh, rules.act("B."))
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         held = range(size)[index[0]]
         start = bisect.bisect_left(rows, held.start)
         return x[start : start + len(held), index[1]]
