@@ -32,8 +32,8 @@ def chunked_losses(
     def body(x_BLD, table_VD, labels_BL):
         tokens = labels_BL.size
         # What enters a custom gradient has to vary: its transpose then is the sum over devices.
-        x_MD, table_VD = varying(x_BLD).reshape(tokens, -1), varying(table_VD)
-        nats_M = _losses(x_MD, table_VD, varying(labels_BL).reshape(tokens), min(chunk, tokens))
+        x_MD, table_VD = varying(x_BLD.reshape(tokens, -1)), varying(table_VD)
+        nats_M = _losses(x_MD, table_VD, varying(labels_BL.reshape(tokens)), min(chunk, tokens))
         return nats_M.reshape(labels_BL.shape)
 
     return rules.per_shard(body, (x_BLD, table_VD, labels_BL), ("BLD", "VD", "BL"), "BL")
