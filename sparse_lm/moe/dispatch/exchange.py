@@ -11,7 +11,6 @@ from jaxtyping import Array, Int
 from sparse_lm.sharding import axis_index, manual_axis_size, platform
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def exchange(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int, back: int) -> jax.Array:
     """Sends this device's rows, sorted by destination, and returns those for it, sorted by sender; zeros behind them.
 
@@ -19,18 +18,25 @@ def exchange(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int, back: int) 
     which have to be enough for all that is sent here. back: rows of x, which the gradient has again.
     The gradient takes the way back, which is the same exchange by the transposed table.
     """
+    result = _exchange(x_RD, size_NN, rows, back)
+    assert isinstance(result, jax.Array)
+    return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _exchange(x_RD, size_NN, rows, back):
     return move(x_RD, size_NN, rows)
 
 
 def _forward(x_RD, size_NN, rows, back):
-    return exchange(x_RD, size_NN, rows, back), size_NN
+    return _exchange(x_RD, size_NN, rows, back), size_NN
 
 
 def _backward(rows, back, size_NN, dy_RD):
     return move(dy_RD, size_NN.T, back), None
 
 
-exchange.defvjp(_forward, _backward)
+_exchange.defvjp(_forward, _backward)
 
 
 def move(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int) -> jax.Array:

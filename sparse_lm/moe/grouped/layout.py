@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -34,7 +35,7 @@ class Layout:
         """
         number_E = jnp.where(count_E < 0, count_E, (count_E + size - 1) // size)
         layout = cls(jnp.cumsum(number_E) - number_E, number_E, size, total)
-        if not isinstance(layout.fits, jax.core.Tracer) and not bool(layout.fits):
+        if not isinstance(layout.fits, Tracer) and not bool(layout.fits):
             raise ValueError(
                 f"rows per expert {count_E.tolist()} do not fit in {total} blocks of {size} rows; "
                 "count what is there, or make the layout for more rows"
