@@ -1,7 +1,8 @@
 """Runs a study: every variant and seed that is not finished, then (and meanwhile) its table, plots, verdicts and page.
 
 python experiments/ablate.py --study=configs/ablations/experts.py --workdir=runs/studies
-    [--scale=toy|small|paper] [--seeds=5] [--list] [--retry] [--parallel=2] [--shard=0/8] [--devices=8]
+    [--scale=toy|small|paper] [--seeds=5] [--list] [--retry] [--devices=8]
+    [--shard=0/8] [--parallel=2 | --ray=local|auto|HOST:PORT --per_run=CPU=2,GPU=1]
 
 The same command goes on where it was stopped; finished runs are never repeated. docs/studies.md tells more.
 """
@@ -21,18 +22,19 @@ LIST = flags.DEFINE_bool("list", False, "Only name the runs and say how far they
 RETRY = flags.DEFINE_bool("retry", False, "Try runs again that failed.")
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Processes side by side on this machine.", 1)
 SHARD = flags.DEFINE_string("shard", "0/1", "Do every n-th run only, from the i-th on: i/n, for job arrays.")
+RAY = flags.DEFINE_string("ray", None, "Do the runs as tasks of a Ray cluster: local starts one, auto joins one.")
+PER_RUN = flags.DEFINE_string("per_run", "CPU=1", "With --ray: what each run reserves.")
 flags.mark_flags_as_required(["study", "workdir"])
 
 
 def main() -> None:
     """Runs the study, or its shard, and tells where the results are."""
-    import jax
-
     from sparse_lm.study.page import write_page
     from sparse_lm.study.plan import make_plan
-    from sparse_lm.study.processes import check_parallel, run_processes
+    from sparse_lm.study.processes import check_side_by_side, run_processes
+    from sparse_lm.study.ray_engine import Cluster, run_on_ray
     from sparse_lm.study.results import gather, power_sentence, write_results
-    from sparse_lm.study.runner import Shard, listing, run_study, study_dir
+    from sparse_lm.study.runner import Shard, keep_programs, listing, run_study, study_dir
     from sparse_lm.study.study import load_study
 
     plan = make_plan(load_study(Path(str(STUDY.value))), SCALE.value, SEEDS.value)
@@ -40,20 +42,23 @@ def main() -> None:
     if LIST.value:
         print("\n".join(listing(plan, directory, shard)))
         return
-    check_parallel(plan, PARALLEL.value)
+    if RAY.value or PARALLEL.value > 1:
+        check_side_by_side(plan, *(("ray", RAY.value) if RAY.value else ("parallel", PARALLEL.value)))
     options = [f"--study={STUDY.value}", f"--workdir={WORKDIR.value}", f"--scale={SCALE.value}"]
     options += [f"--seeds={SEEDS.value}"] if SEEDS.value else []
     command = f"python experiments/ablate.py {shlex.join(options)}"
-    if not jax.config.values["jax_compilation_cache_dir"]:  # seeds of a variant share their programs
-        jax.config.update("jax_compilation_cache_dir", str(directory / "cache"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    keep_programs(directory)
 
     def write():
         results = gather(plan, directory, command)
         write_results(results, directory)
         return results, write_page(results, directory)
 
-    if PARALLEL.value > 1:
+    if RAY.value:
+        cluster = Cluster.parse(RAY.value, PER_RUN.value)
+        ran = run_on_ray(plan, directory, sys.stdout, cluster, (shard, RETRY.value), after=write)
+        status = 1 if ran.failed else 0
+    elif PARALLEL.value > 1:
         more = [f"--devices={flags.FLAGS.devices}"] if flags.FLAGS.devices else []
         more += ["--retry"] if RETRY.value else []
         status = run_processes([sys.executable, __file__, *options, *more], shard, PARALLEL.value)

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from sparse_lm.config import ConfigError
 from sparse_lm.study.plan import Plan
-from sparse_lm.study.runner import Shard
+from sparse_lm.study.runner import Shard, on_signals
 
 POLL_SECONDS = 0.2
 
 
-def check_parallel(plan: Plan, count: int) -> None:
-    """Raises `ConfigError` when processes side by side would spoil what is measured."""
-    if count > 1 and plan.study.budget == "time":
-        raise ConfigError("parallel", count, "equal wall time needs the machine for itself; leave it at 1")
+def check_side_by_side(plan: Plan, key: str, value: object) -> None:
+    """Raises `ConfigError`, for the option that asks for it, when runs side by side would spoil what is measured."""
+    if plan.study.budget == "time":
+        raise ConfigError(key, value, "equal wall time needs the machine for itself; leave it out")
 
 
 def run_processes(command: Sequence[str], shard: Shard, count: int) -> int:
@@ -32,12 +32,8 @@ def run_processes(command: Sequence[str], shard: Shard, count: int) -> int:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with on_signals(forward):
         while any(process.poll() is None for process in started):
             time.sleep(POLL_SECONDS)
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
     # A process that a signal killed has a negative status, which is a failure like others.
     return max(abs(process.returncode) for process in started)

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+import jax
+
 from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment
 from sparse_lm.study.evaluation import evaluate_run
@@ -132,7 +134,7 @@ def run_study(
     """
     tally = Tally(stream, after)
     try:
-        with _interruptible():
+        with on_signals(_interrupt):
             for run in tally.begin(plan, directory, shard, retry):
                 stopped, words = run_one(run, directory, train, evaluate)
                 if stopped:
@@ -230,19 +232,27 @@ def _record(path: Path, content: dict[str, object]) -> None:
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
+def _interrupt(number: int, _: object) -> None:
     """Between trainings, which have handlers of their own, the first signal ends the study at once."""
+    raise Interrupted(number)
 
-    def handler(number, _):
-        raise Interrupted(number)
 
+@contextmanager
+def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C go to `handler` meanwhile; nowhere but in the main thread, as in a notebook's worker."""
     try:
         before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread, as in a notebook's worker
+    except ValueError:
         before = {}
     try:
         yield
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def keep_programs(directory: Path) -> None:
+    """Keeps compiled programs, which seeds of a variant share, in `directory`/cache, unless they are kept elsewhere."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", str((directory / "cache").resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -81,6 +81,24 @@ def test_a_signal_in_the_middle_of_a_run_saves_it_and_the_same_command_goes_on(a
     assert len(tiny.losses(started)) == 60
 
 
+@pytest.mark.slow
+def test_a_study_on_ray_is_saved_by_a_signal_and_goes_on(ablate, tmp_path):
+    study = STUDY.replace("(1,", "(1, steps=200,")
+    process, runs = ablate("--ray=local", study=study, main=mains.start), tmp_path / "out" / "tiny" / "runs"
+    while process.poll() is None and not list(runs.glob("*/metrics.jsonl")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0 and "the same command goes on from there" in out, errors
+    started = [path.parent for path in runs.glob("*/metrics.jsonl") if not (path.parent / "done.json").exists()]
+    assert started
+    status, out, errors = ablate("--ray=local", "--per_run=CPU=1", study=study)
+    assert status == 0 and "results in" in out, errors
+    assert len(list(runs.glob("*/done.json"))) == 2
+    for run in started:
+        assert "resuming" in (run / "train.log").read_text() and len(tiny.losses(run)) == 200
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -13,7 +13,7 @@ import study_cases
 
 from sparse_lm.config import ConfigError
 from sparse_lm.study.plan import make_plan
-from sparse_lm.study.processes import check_parallel, run_processes
+from sparse_lm.study.processes import check_side_by_side, run_processes
 from sparse_lm.study.runner import Shard
 from sparse_lm.study.study import SCALES, Scale
 
@@ -55,7 +55,7 @@ def test_equal_time_wants_the_machine_for_itself():
     study = study_cases.study()
     base = study.scales["toy"].base.replace(optim__schedule="constant")
     timed = make_plan(study_cases.study(budget="time", scales=dict.fromkeys(SCALES, Scale(base, 1))), "toy")
-    check_parallel(timed, 1)
-    check_parallel(study_cases.plan(), 4)
-    with pytest.raises(ConfigError, match="parallel=2"):
-        check_parallel(timed, 2)
+    check_side_by_side(study_cases.plan(), "parallel", 4)
+    for key, value in (("parallel", 2), ("ray", "local")):
+        with pytest.raises(ConfigError, match=f"{key}={value!r}: equal wall time"):
+            check_side_by_side(timed, key, value)
