@@ -7,7 +7,7 @@ the forward pass keeps one number per token, its logsumexp, and the backward pas
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def chunked_losses(
         # What enters a custom gradient has to vary: its transpose then is the sum over devices.
         x_MD, table_VD = varying(x_BLD.reshape(tokens, -1)), varying(table_VD)
         nats_M = _losses(x_MD, table_VD, varying(labels_BL.reshape(tokens)), min(chunk, tokens))
-        return nats_M.reshape(labels_BL.shape)
+        return jnp.reshape(cast(jax.Array, nats_M), labels_BL.shape)
 
     return rules.per_shard(body, (x_BLD, table_VD, labels_BL), ("BLD", "VD", "BL"), "BL")
 

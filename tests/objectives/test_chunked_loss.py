@@ -20,7 +20,7 @@ from sparse_lm.objectives.chunked_loss import chunked_losses
 from sparse_lm.sharding import DEFAULT, make_mesh
 from sparse_lm.train.accumulate import loss_and_gradients
 
-BATCH, LENGTH, WIDTH, VOCAB = 8, 13, 16, 40
+BATCH, LENGTH, WIDTH, VOCAB = 8, 14, 16, 40
 X_BLD = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, WIDTH))
 TABLE_VD = jax.random.normal(jax.random.key(1), (VOCAB, WIDTH))
 LABEL_BL = jax.random.randint(jax.random.key(2), (BATCH, LENGTH), 0, VOCAB)
@@ -118,7 +118,8 @@ def bodies_of_scans(jaxpr):
 
 MESHES = [
     {"data": 2, "fsdp": 2, "model": 2},
-    {"expert": 2, "model": 4},
+    {"expert": 2, "context": 2, "model": 2},
+    pytest.param({"expert": 2, "model": 4}, marks=pytest.mark.slow),
     pytest.param({"fsdp": 4, "expert": 2}, marks=pytest.mark.slow),
     pytest.param({"model": 8}, marks=pytest.mark.slow),
 ]
@@ -170,7 +171,7 @@ def whole_model(config, chunk, accumulate, sizes=None):
     model = resolved(config, dataset.vocab_size).model.replace(loss_chunk=chunk)
     batch = TrainLoader(dataset, 8, 0).batch_at(0)
     with jax.set_mesh(make_mesh(sizes or {}, jax.devices()[: math.prod((sizes or {}).values())])):
-        batch = jax.tree.map(lambda x: DEFAULT.constrain(jnp.asarray(x), "BL"), batch)
+        batch = jax.tree.map(lambda x: DEFAULT.constrain(jnp.asarray(x), "B."), batch)
         model = build_decoder(jax.random.key(0), model, DEFAULT)
         function = jax.jit(loss_and_gradients, static_argnums=(3, 4))
         total, parts, gradients = function(model, batch, jax.random.key(1), accumulate, len(dataset.domains))
