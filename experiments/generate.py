@@ -30,7 +30,7 @@ def main() -> None:
 
     from sparse_lm.generate.complete import complete
     from sparse_lm.generate.sample import Sampling
-    from sparse_lm.sharding import make_mesh
+    from sparse_lm.mesh import make_mesh
     from sparse_lm.train.restore import load_model
 
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)

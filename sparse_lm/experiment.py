@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sparse_lm.config import Config, ConfigError, from_dict, option, python_file
 from sparse_lm.data.config import DataConfig
+from sparse_lm.mesh import BATCH_AXES, MESH_AXES, mesh_shape
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.optim.config import OptimConfig
-from sparse_lm.sharding import BATCH_AXES, MESH_AXES, mesh_shape
 from sparse_lm.train.config import CheckpointConfig, MeshConfig, TrainConfig
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm.dims import LETTERS
-from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, make_mesh, mesh_shape  # noqa: F401
+from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES
 
 Axes = str | tuple[str, ...] | None
 
@@ -53,7 +52,7 @@ class Rules:
         return PartitionSpec(*spec[:place], None, *spec[place + 1 :]) if whole else spec
 
     def ways(self, letter: str, size: int) -> int | None:
-        """Into how many parts activations are cut along an axis of this size; None where the mesh does not divide it."""
+        """Into how many parts activations are cut along an axis of this size; None where that is not even."""
         parts = _ways(jax.sharding.get_abstract_mesh(), self.act(letter)[0]) if explicit_mesh() else 1
         return None if size % parts else parts
 
@@ -91,7 +90,8 @@ class Rules:
         out = None
         if explicit_mesh():
             inputs, letters = subscripts.split("->")
-            sizes = {a: n for axes, x in zip(inputs.split(","), operands, strict=True) for a, n in zip(axes, x.shape)}
+            pairs = zip(inputs.split(","), operands, strict=True)
+            sizes = {axis: size for axes, x in pairs for axis, size in zip(axes, x.shape, strict=True)}
             out = self.act(letters, [sizes[letter] for letter in letters])
         return jnp.einsum(subscripts, *operands, out_sharding=out, preferred_element_type=dtype)
 

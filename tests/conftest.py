@@ -39,7 +39,7 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def mesh_of() -> Callable[..., jax.sharding.Mesh]:
     """Makes a mesh by the sizes of its axes, as in `mesh_of(data=2, expert=4)`; takes as many devices as they need."""
-    from sparse_lm.sharding import make_mesh
+    from sparse_lm.mesh import make_mesh
 
     def make(**sizes: int) -> jax.sharding.Mesh:
         needed = 1

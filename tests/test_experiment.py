@@ -15,13 +15,14 @@ from sparse_lm.batch import Batch
 from sparse_lm.config import ConfigError, from_dict, to_config_dict, to_dict
 from sparse_lm.data.config import DataConfig
 from sparse_lm.experiment import Experiment, load_experiment, resolved
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.moe.attention.switch_head import SwitchHead
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.optim.config import OptimConfig
-from sparse_lm.sharding import DEFAULT, make_mesh, put
+from sparse_lm.sharding import DEFAULT, put
 from sparse_lm.train.config import MeshConfig, TrainConfig
 from sparse_lm.train.state import create_state
 from sparse_lm.train.step import make_train_step
@@ -74,7 +75,8 @@ def test_groups_that_tile_the_rows_pass(size):
 )
 def test_mesh_sizes(mesh, devices, expected):
     sizes = tiny.experiment(model__vocab_size=VOCAB, mesh=MeshConfig(**mesh)).mesh_sizes(devices)
-    assert sizes == dict(zip(("data", "fsdp", "expert", "model"), expected, strict=True))
+    named = dict(zip(("data", "fsdp", "expert", "model"), expected, strict=True))
+    assert sizes == {"replica": 1, "context": 1, **named}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, devices, words):
         ({"model__moe__num_experts": 6}, "model.moe.num_experts", "expert"),
         ({"model__attention": SwitchHead(num_experts=6)}, "model.attention.num_experts", "expert"),
         ({"model__d_model": 18, "model__num_heads": 1, "model__head_dim": 4}, "model.d_model", "fsdp"),
+        ({"data__length": 18, "model__moe__group_size": 9}, "data.length", "context"),
     ],
 )
 def test_a_model_that_does_not_fit_the_mesh_is_refused(changes, key, axis):
@@ -122,6 +125,12 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
     cut = tiny.experiment(train__batch_size=16, train__accumulate=4)
     refused("train.batch_size", 16, "multiple of 32", lambda: cut.mesh_sizes(8))
     assert cut.replace(mesh=MeshConfig(model=4)).mesh_sizes(4)["model"] == 4  # tensor parallelism shares no batch
+
+
+def test_groups_are_shared_by_the_devices_along_a_row_too():
+    config = tiny.experiment(train__batch_size=4, mesh=MeshConfig(data=2, context=4))  # a group is a row
+    refused("model.moe.group_size", 16, "into 4 groups, not whole for 8 devices", lambda: config.mesh_sizes(8))
+    assert config.replace(model__moe__group_size=4).mesh_sizes(8)["context"] == 4
 
 
 def test_groups_over_rows_must_be_whole_on_every_device():

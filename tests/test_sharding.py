@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm import sharding
 from sparse_lm.dims import LETTERS
-from sparse_lm.mesh import BATCH_AXES, TOKEN_AXES, make_mesh
+from sparse_lm.mesh import BATCH_AXES, TOKEN_AXES
 from sparse_lm.sharding import (
     DEFAULT,
     Rules,

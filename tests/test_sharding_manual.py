@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sparse_lm import sharding
-from sparse_lm.sharding import DEFAULT, MESH_AXES, Rules
+from sparse_lm.mesh import MESH_AXES
+from sparse_lm.sharding import DEFAULT, Rules
 
 MESHES = [
     {"data": 8},

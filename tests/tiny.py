@@ -14,11 +14,11 @@ import jax
 from sparse_lm.data.config import DataConfig, GrammarConfig
 from sparse_lm.data.loader import build_dataset
 from sparse_lm.experiment import Experiment, resolved
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.counts import count
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.optim.config import OptimConfig
-from sparse_lm.sharding import make_mesh
 from sparse_lm.train.config import CheckpointConfig, TrainConfig
 from sparse_lm.train.loop import Outcome, Trainer
 

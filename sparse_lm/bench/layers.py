@@ -11,10 +11,11 @@ from flax import nnx
 
 from sparse_lm.bench.harness import Comparison, Options, paired
 from sparse_lm.config import ConfigError
+from sparse_lm.mesh import make_mesh
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
 from sparse_lm.nn.mlp import Mlp
-from sparse_lm.sharding import DEFAULT, make_mesh
+from sparse_lm.sharding import DEFAULT
 from sparse_lm.telemetry.peak import matmul_peak
 
 CAPACITY_FACTOR = 1.25

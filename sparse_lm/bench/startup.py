@@ -21,8 +21,9 @@ from sparse_lm.bench.harness import Options, Paired, paired
 from sparse_lm.config import from_dict, to_dict
 from sparse_lm.data.loader import TrainLoader, build_dataset
 from sparse_lm.experiment import Experiment, resolved
+from sparse_lm.mesh import make_mesh
 from sparse_lm.optim.build import build_optimizer
-from sparse_lm.sharding import DEFAULT, make_mesh, put
+from sparse_lm.sharding import DEFAULT, put
 from sparse_lm.train import session  # noqa: F401  (what a training imports belongs to the time of the import)
 from sparse_lm.train.loop import TrainingError
 from sparse_lm.train.state import create_state

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from sparse_lm.batch import Batch
 from sparse_lm.bench.harness import Comparison, Options, paired
 from sparse_lm.experiment import Experiment, resolved
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
-from sparse_lm.sharding import DEFAULT, make_mesh, put
+from sparse_lm.sharding import DEFAULT, put
 from sparse_lm.telemetry.peak import matmul_peak
 from sparse_lm.train.restore import tokenizer_of
 from sparse_lm.train.state import create_state

@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 
 from sparse_lm.experiment import Experiment
+from sparse_lm.mesh import BATCH_AXES
 from sparse_lm.models.counts import count
 from sparse_lm.nn.mlp import GATED
 from sparse_lm.planning.collectives import Collective
-from sparse_lm.sharding import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from sparse_lm.batch import Batch
 from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment, resolved
+from sparse_lm.mesh import MESH_AXES, make_mesh
 from sparse_lm.models.counts import count
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.chips import Chip, cannot_compile, chip_of, described_devices, parse_topology
@@ -30,7 +31,7 @@ from sparse_lm.planning.estimate import Estimate, estimate
 from sparse_lm.planning.hlo import parse
 from sparse_lm.planning.roofline import Roofline, roofline
 from sparse_lm.planning.work import Buffer, Work, largest, work
-from sparse_lm.sharding import DEFAULT, MESH_AXES, Rules, abstract_sharded, make_mesh
+from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded
 from sparse_lm.train.restore import tokenizer_of
 from sparse_lm.train.state import TrainState, create_state
 from sparse_lm.train.step import make_train_step

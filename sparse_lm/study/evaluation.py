@@ -11,7 +11,8 @@ import jax
 from sparse_lm.data.loader import build_dataset, validation_batches
 from sparse_lm.evals.perplexity import make_evaluate
 from sparse_lm.experiment import resolved
-from sparse_lm.sharding import DEFAULT, make_mesh, put
+from sparse_lm.mesh import make_mesh
+from sparse_lm.sharding import DEFAULT, put
 from sparse_lm.study.plan import Run
 from sparse_lm.telemetry.rundata import load_run
 from sparse_lm.telemetry.sinks import METRICS_NAME, plain, replace_file

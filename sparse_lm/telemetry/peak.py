@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.sharding import make_mesh
+from sparse_lm.mesh import make_mesh
 
 # Dense bfloat16 FLOP/s of one device as its vendor states it, sparsity not counted. A pattern matches the whole
 # `device_kind`; other forms of the same chip (H100 PCIe, H100 NVL) are slower, match nothing, and are measured.

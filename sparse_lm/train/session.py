@@ -11,8 +11,8 @@ import jax
 
 from sparse_lm.data.loader import Dataset, build_dataset
 from sparse_lm.experiment import Experiment, resolved
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models.counts import Counts, count, table
-from sparse_lm.sharding import make_mesh
 from sparse_lm.telemetry.report import REPORT_NAME, write_report
 from sparse_lm.telemetry.rundata import CONFIG_NAME, load_run, verdict
 from sparse_lm.train.hosts import agree, is_first, see

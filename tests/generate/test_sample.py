@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparse_lm.config import ConfigError
 from sparse_lm.generate.sample import Sampling, filter_logits, sample
-from sparse_lm.sharding import make_mesh
+from sparse_lm.mesh import make_mesh
 
 PROBABILITY = np.array([[0.1, 0.4, 0.05, 0.25, 0.2]], np.float32)  # in order: tokens 1, 3, 4, 0, 2
 LOGITS = jnp.log(PROBABILITY) + 3.0

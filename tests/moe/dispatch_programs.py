@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from sparse_lm.mesh import make_mesh
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
 from sparse_lm.planning.hlo import Instruction, parse
-from sparse_lm.sharding import DEFAULT, abstract_sharded, make_mesh
+from sparse_lm.sharding import DEFAULT, abstract_sharded
 
 MOVES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 

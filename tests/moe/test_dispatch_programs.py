@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from dispatch_programs import Sizes
 
+from sparse_lm.mesh import make_mesh
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.grouped.blocks import block_size
-from sparse_lm.sharding import make_mesh
 
 DEVICES, SIZES = 4, Sizes()
 WEIGHTS = {(8, 64, 128), (8, 128, 64)}  # what is gathered of them

@@ -14,10 +14,11 @@ import tiny
 from sparse_lm.data.loader import TrainLoader, build_dataset
 from sparse_lm.evals.perplexity import make_evaluate
 from sparse_lm.experiment import resolved
+from sparse_lm.mesh import make_mesh
 from sparse_lm.models.decoder import build_decoder
 from sparse_lm.objectives.causal import token_losses
 from sparse_lm.objectives.chunked_loss import chunked_losses
-from sparse_lm.sharding import DEFAULT, make_mesh
+from sparse_lm.sharding import DEFAULT
 from sparse_lm.train.accumulate import loss_and_gradients
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 14, 16, 40

@@ -6,10 +6,10 @@ import jax
 import pytest
 import tiny
 
+from sparse_lm.mesh import MESH_AXES, make_mesh
 from sparse_lm.models.counts import count
 from sparse_lm.planning.estimate import estimate
 from sparse_lm.planning.plan import make_plan, resolve
-from sparse_lm.sharding import MESH_AXES, make_mesh
 
 ONE = dict.fromkeys(MESH_AXES, 1)
 

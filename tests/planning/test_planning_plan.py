@@ -18,6 +18,7 @@ from flax import nnx
 
 from sparse_lm.config import ConfigError
 from sparse_lm.data.config import DataConfig
+from sparse_lm.mesh import MESH_AXES, make_mesh
 from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.describe import binary, describe
@@ -30,7 +31,7 @@ from sparse_lm.planning.plan import (
     plan_topology,
     resolve,
 )
-from sparse_lm.sharding import DEFAULT, MESH_AXES, make_mesh
+from sparse_lm.sharding import DEFAULT
 from sparse_lm.train.state import create_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from sparse_lm.sharding import make_mesh
+from sparse_lm.mesh import make_mesh
 from sparse_lm.telemetry import peak
 from sparse_lm.telemetry.peak import Peak, device_peak, matmul_peak, mfu, published_peak
 

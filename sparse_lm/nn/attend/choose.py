@@ -76,7 +76,7 @@ def implementation_of(
     shape: length, keys, width of a query, width of a value. dropping: whether weights are dropped, which only the
     reference does, since what a loop over blocks drops would depend on their size. `auto` is the reference where one
     block holds all, and otherwise splash on a TPU and chunked elsewhere. What the kernels ask for: see `kernels`.
-    devices: that share a row; the kernels want it whole. None is a row that the mesh does not divide, for the reference.
+    devices: that share a row; the kernels want it whole. None is a row that they do not divide, for the reference.
     """
     length, keys, *widths = shape
     asked, where = softmax.implementation, platform()
