@@ -11,6 +11,8 @@
 | J | key/value heads | | V | vocabulary |
 | I | width of a head | | U | statistics units (see `moe.types.RouterStats`) |
 | M | all tokens of a device, groups flat | | R | rows of an expert (its slots in all groups) |
+| P | latents of keys and values | | Q | latents of queries |
+| A | rotated width of a head, where another is not | | W | width of a value, where it differs from I |
 
 Letters on parameters and activations are the logical axes that `sparse_lm.sharding` maps to mesh axes.
 """
@@ -34,4 +36,8 @@ LETTERS = {
     "U": "statistics units",
     "R": "rows of an expert",
     "M": "tokens of a device",
+    "P": "latents of keys and values",
+    "Q": "latents of queries",
+    "A": "rotated head width",
+    "W": "value width",
 }

@@ -6,18 +6,29 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from sparse_lm.config import Config, ConfigError, option
 from sparse_lm.moe.attention import ATTENTIONS, AttentionExperts, AttentionShape
 from sparse_lm.moe.config import MoEConfig
+from sparse_lm.nn.config import HeadsConfig
 from sparse_lm.nn.mlp import Activation
+from sparse_lm.nn.norm import Norm
 from sparse_lm.nn.remat import policy
+from sparse_lm.sharding import Rules
 
 
 class LayerKind(NamedTuple):
-    """What is particular to a layer. sparse: experts in its feed-forward part. wrapped: tokens may skip it."""
+    """What is particular to a layer. sparse: experts in its feed-forward part. wrapped: tokens may skip it.
+
+    window, chunk, rotated: see `HeadsConfig`.
+    """
 
     sparse: bool
     wrapped: bool = False
+    window: int | None = None
+    chunk: int | None = None
+    rotated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +63,9 @@ class ModelConfig(Config):
 
     vocab_size: None is the vocabulary of the data. num_kv_heads: None is num_heads. head_dim: None is
     d_model / num_heads. max_length: rows of the learned position table; None is the length of the data.
-    norm_position: `pre` normalises the input of a sublayer, `post` the sum after it. dtype: of activations and matrix
+    norm: `layernorm_no_bias` has weights alone. norm_position: `pre` normalises the input of a sublayer, `post` the sum
+    after it, `sandwich` the input and the output before the sum (Grok-1, Gemma 2). norm_eps: what norms add to the mean
+    square. heads: what attention is beside its sizes, see `sparse_lm.nn.config`. dtype: of activations and matrix
     products; parameters, norms, softmax, router and loss are float32. scan_layers: compile one layer and loop over it.
     remat: what the backward pass computes again: `none`, `full` (all but the input of a layer), `dots` (all but the
     results of matrix products), or all but named values, as in `save:expert_hidden,attention+offload:qkv` (see
@@ -71,8 +84,9 @@ class ModelConfig(Config):
     d_ff: int = option(512, ge=1)
     max_length: int | None = option(None, ge=1)
     activation: Activation = "swiglu"
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
+    norm: Literal["rmsnorm", "layernorm", "layernorm_no_bias"] = "rmsnorm"
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    norm_eps: float = option(1e-6, gt=0)
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_base: float = option(10_000.0, gt=1)
     tie_embeddings: bool = True
@@ -81,6 +95,7 @@ class ModelConfig(Config):
     scan_layers: bool = True
     remat: str = "none"
     loss_chunk: int | None = option(None, ge=1)
+    heads: HeadsConfig = HeadsConfig()
     moe: MoEConfig | None = None
     attention: AttentionExperts | None = option(None, variants=ATTENTIONS)
     depth: DepthConfig | None = None
@@ -92,7 +107,7 @@ class ModelConfig(Config):
             raise ConfigError("num_heads", self.num_heads, f"must divide d_model={self.d_model}, or set head_dim")
         if self.num_heads % self.kv_heads:
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
-        if self.position == "rope" and self.width % 2:
+        if self.position == "rope" and self.width % 2 and self.heads.latent is None:
             raise ConfigError("head_dim", self.width, "rope rotates pairs: choose an even width, or another position")
         if self.position == "sinusoidal" and self.d_model % 2:
             raise ConfigError("d_model", self.d_model, "sinusoidal positions need an even width")
@@ -105,9 +120,33 @@ class ModelConfig(Config):
         if self.moe is not None and self.d_expert < 1:
             raise ConfigError("moe.top_k", self.moe.top_k, f"is more than d_ff={self.d_ff}; set moe.d_expert")
 
+        self._check_heads()
         if self.attention is not None:
             self.attention.check_shape(self.attention_shape)
         self._check_depth()
+
+    def _check_heads(self) -> None:
+        heads = self.heads
+        if heads.implementation not in ("auto", "reference") and self.dropout:
+            raise ConfigError(
+                "dropout", self.dropout, f"is not in {heads.implementation} attention; use 0, or auto or reference"
+            )
+        if heads.implementation == "cudnn" and self.dtype != "bfloat16":
+            raise ConfigError("heads.implementation", "cudnn", "needs dtype=bfloat16; or use auto or chunked")
+        for name in ("rotated", "rope_scaling"):
+            if getattr(heads, name) and self.position != "rope":
+                raise ConfigError(f"heads.{name}", getattr(heads, name), "needs position=rope; leave it out")
+        if heads.latent is not None and self.kv_heads != self.num_heads:
+            raise ConfigError("num_kv_heads", self.num_kv_heads, "latent attention has one per query head; use None")
+        if self.attention is not None:
+            try:
+                heads.only_between()
+            except ConfigError as error:
+                raise error.under("heads") from None
+        turned = heads.latent.rope_dim if heads.latent else self.width
+        if heads.rope_scaling is not None:
+            # Names a list of another length than the pairs of a head.
+            heads.rope_scaling.stretched(np.ones(turned // 2), self.rope_base)
 
     def _check_depth(self) -> None:
         if self.depth is None:
@@ -141,9 +180,27 @@ class ModelConfig(Config):
 
     @property
     def attention_shape(self) -> AttentionShape:
-        """The heads of every layer."""
-        rope_base = self.rope_base if self.position == "rope" else None
-        return AttentionShape(self.d_model, self.num_heads, self.kv_heads, self.width, rope_base, self.dropout)
+        """The heads of every layer, before what is particular to it."""
+        return self.shape_of(LayerKind(False))
+
+    def shape_of(self, kind: LayerKind) -> AttentionShape:
+        """The heads of a layer of this kind."""
+        return AttentionShape(
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.width,
+            rope_base=self.rope_base if self.position == "rope" and kind.rotated else None,
+            dropout_rate=self.dropout,
+            options=self.heads,
+            window=kind.window,
+            chunk=kind.chunk,
+            eps=self.norm_eps,
+        )
+
+    def build_norm(self, rules: Rules) -> Norm:
+        """A norm over the model width."""
+        return Norm(self.norm, self.d_model, rules, self.norm_eps)
 
     @property
     def kv_heads(self) -> int:
@@ -173,9 +230,13 @@ class ModelConfig(Config):
     def layers(self) -> tuple[LayerKind, ...]:
         """What is particular to each layer."""
         every = self.depth.every if self.depth else self.num_layers + 1
-        return tuple(LayerKind(sparse, (i + 1) % every == 0) for i, sparse in enumerate(self.sparse))
+        heads = self.heads
+        return tuple(
+            LayerKind(sparse, (i + 1) % every == 0, heads.window(i), heads.chunk(i), heads.rotates(i))
+            for i, sparse in enumerate(self.sparse)
+        )
 
     @property
     def period(self) -> int:
         """After how many layers their kinds repeat, first dense layers aside."""
-        return math.lcm(self.moe.every if self.moe else 1, self.depth.every if self.depth else 1)
+        return math.lcm(self.moe.every if self.moe else 1, self.depth.every if self.depth else 1, *self.heads.period)

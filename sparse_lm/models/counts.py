@@ -4,7 +4,8 @@ Conventions:
 
 - A matrix product with P weights costs 2 P FLOPs per token forward and 4 P backward: 6 P in training.
 - Attention scores and their use cost 12 x layers x heads x head_dim x length per token in training: whole rows, the
-  causal half is not taken off (Chowdhery et al. 2022, PaLM, appendix B).
+  causal half is not taken off (Chowdhery et al. 2022, PaLM, appendix B). A layer with a window or chunks counts as many
+  keys as a query sees at most; latent attention counts the keys and values that it makes, at their own widths.
 - The unembedding is a matrix product, tied or not; looking up an embedding or a position is not.
 - Empty slots of experts and recomputation (remat) are not counted: they are overhead, not work of the model.
 - Norms, activations, softmax and the choice of experts count no FLOPs; the router's product does.
@@ -26,6 +27,7 @@ import optax
 from flax import nnx
 
 from sparse_lm.config import ConfigError
+from sparse_lm.models.attention_counts import head_cost, score_widths
 from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.nn.mlp import GATED
@@ -50,8 +52,8 @@ class Counts:
     """The parts of a model. `embedding`, `unembedding` (empty when tied) and `positions` (learned ones) are tables.
 
     dense: feed-forward layers that are not sparse. free: weights of constant experts. shared: experts that see every
-    token. depth: routers and predictors of blocks that tokens may skip. score_width: layers x heads x head_dim, what
-    attention scores cost beside their parameters.
+    token. depth: routers and predictors of blocks that tokens may skip. scores: what attention scores cost beside their
+    parameters: for each layer the number that a query multiplies by per key, and how many keys it sees at most.
     """
 
     embedding: Part
@@ -65,7 +67,7 @@ class Counts:
     shared: Part
     depth: Part
     unembedding: Part
-    score_width: int
+    scores: tuple[tuple[float, int | None], ...]
 
     def parts(self) -> dict[str, Part]:
         """The parts by name, in the order in which a token meets them."""
@@ -107,8 +109,12 @@ class Counts:
 
     def part_flops(self, name: str, length: int) -> int:
         """The share of one part in `flops_per_token`; attention includes its scores."""
-        scores = 12 * self.score_width * length if name == "attention" else 0
-        return 6 * self.parts()[name].multiplied + scores
+        scores = self.score_width(length) if name == "attention" else 0
+        return 6 * (self.parts()[name].multiplied + scores)
+
+    def score_width(self, length: int) -> int:
+        """Multiplications of a token with keys and values in rows of `length` tokens, over all layers."""
+        return round(sum(width * min(length, limit or length) for width, limit in self.scores))
 
     def _tables(self) -> Part:
         tables = (self.embedding, self.positions, self.unembedding)
@@ -128,8 +134,7 @@ def count(config: ModelConfig) -> Counts:
     table = config.vocab_size * width
     tied = config.tie_embeddings
     positions = (config.max_length or 0) * width if config.position == "learned" else 0
-    num_norms = 2 * layers + (config.norm_position == "pre")
-    norms = num_norms * width * (2 if config.norm == "layernorm" else 1)
+    norms = _norms(config)
     counts = Counts(
         embedding=Part(table, table, 0),
         positions=Part(positions, positions, 0),
@@ -142,7 +147,7 @@ def count(config: ModelConfig) -> Counts:
         shared=_shared(config),
         depth=_depth(config),
         unembedding=Part(0, 0, table) if tied else _matrices(table),
-        score_width=layers * config.num_heads * config.width,
+        scores=score_widths(config),
     )
     return counts if config.depth is None else _discounted(counts, config, config.depth.capacity)
 
@@ -247,15 +252,16 @@ def _discounted(counts: Counts, config: ModelConfig, capacity: float) -> Counts:
 
     layers = config.layers
     dense, sparse = ([kind for kind in layers if kind.sparse == is_sparse] for is_sparse in (False, True))
-    last = counts.norms.total // (2 * len(layers) + 1) if config.norm_position == "pre" else 0
+    last = _last_norm(config)
     return dataclasses.replace(
         counts,
         attention=scaled(counts.attention, layers),
         norms=scaled(counts.norms, layers, last),
         dense=scaled(counts.dense, dense),
         **{name: scaled(getattr(counts, name), sparse) for name in ("router", "experts", "free", "shared")},
-        score_width=round(
-            counts.score_width * sum(capacity**2 if kind.wrapped else 1 for kind in layers) / len(layers)
+        scores=tuple(
+            (width * (capacity**2 if kind.wrapped else 1), limit)
+            for (width, limit), kind in zip(counts.scores, layers, strict=True)
         ),
     )
 
@@ -272,12 +278,25 @@ def _depth(config: ModelConfig) -> Part:
 
 def _attention(config: ModelConfig) -> Part:
     """Projections, and the routers of attention experts."""
-    shape = config.attention_shape
+    layers, shape = config.num_layers, config.attention_shape
     if config.attention is not None:
         cost = config.attention.cost(shape)
-        return Part(*(config.num_layers * size for size in (cost.total, cost.active, cost.multiplied)))
-    head_axes = 2 * shape.num_heads + 2 * shape.kv_heads  # query and out, key and value
-    return _matrices(config.num_layers * shape.d_model * shape.head_dim * head_axes)
+        return Part(*(layers * size for size in (cost.total, cost.active, cost.multiplied)))
+    heads = head_cost(shape)
+    return Part(layers * heads.total, layers * heads.total, layers * heads.multiplied)
+
+
+def _norms(config: ModelConfig) -> int:
+    per_layer = 4 if config.norm_position == "sandwich" else 2
+    return per_layer * config.num_layers * _one_norm(config) + _last_norm(config)
+
+
+def _last_norm(config: ModelConfig) -> int:
+    return 0 if config.norm_position == "post" else _one_norm(config)
+
+
+def _one_norm(config: ModelConfig) -> int:
+    return config.d_model * (2 if config.norm == "layernorm" else 1)
 
 
 def _matrices(size: int) -> Part:

@@ -13,10 +13,9 @@ from sparse_lm.models.depth import DepthCache
 from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Cache, Stack
 from sparse_lm.moe.types import Replay, pytree_dataclass
-from sparse_lm.nn.attention import KeyValues, causal_mask
+from sparse_lm.nn.attend import continued_sight, row_sight
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.embed import Embedding
-from sparse_lm.nn.norm import Norm
 from sparse_lm.nn.position import LearnedPositions, sinusoidal
 from sparse_lm.sharding import Rules
 
@@ -52,7 +51,7 @@ class Decoder(nnx.Module):
         assert config.max_length is not None or not learned
         self.positions = LearnedPositions(positions, config.max_length or 0, config.d_model, rules) if learned else None
         self.stack = Stack(stack, config, rules)
-        self.norm = Norm(config.norm, config.d_model, rules) if config.norm_position == "pre" else None
+        self.norm = None if config.norm_position == "post" else config.build_norm(rules)
 
     def __call__(
         self,
@@ -82,8 +81,8 @@ class Decoder(nnx.Module):
         """What `head` makes logits of, in the compute dtype; for the rest see the call of the model."""
         self._check(replay, key)
         previous_BL = previous_tokens(tokens_BL, segments_BL)
-        mask_BLL = causal_mask(segments_BL, segments_BL)
-        context = Context(tokens_BL, positions_BL, mask_BLL, segments_BL > 0, previous_BL=previous_BL, replay=replay)
+        sight = row_sight(segments_BL)
+        context = Context(tokens_BL, positions_BL, sight, segments_BL > 0, previous_BL=previous_BL, replay=replay)
         x_BLD, reports, _ = self._forward(tokens_BL, context, key, None)
         return x_BLD, reports
 
@@ -94,11 +93,10 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, batch: int, length: int) -> DecoderCache:
         """Room for `length` tokens of `batch` sequences, in the compute dtype."""
-        shape = (batch, length, self.config.kv_heads, self.config.width)
 
         def room(repeats, kind):
-            zeros = jnp.zeros((repeats, *shape), self.config.dtype)
-            stored = KeyValues(*(self.rules.constrain(zeros, "NBTJI") for _ in range(2)))
+            shape = self.config.shape_of(kind)
+            stored = shape.empty_cache((repeats, batch, length), self.config.dtype, self.rules)
             taken_NBT = jnp.zeros((repeats, batch, length), bool)
             return DepthCache(stored, self.rules.constrain(taken_NBT, "NBT")) if kind.wrapped else stored
 
@@ -118,11 +116,11 @@ class Decoder(nnx.Module):
         segments_BT: segment of every place of the cache, those of the new tokens included; 0 is padding.
         """
         segments_BL = jax.lax.dynamic_slice_in_dim(segments_BT, start, tokens_BL.shape[1], axis=1)
-        mask_BLT = causal_mask(segments_BL, segments_BT, start)
+        sight = continued_sight(segments_BL, segments_BT, start)
         tokens_BT = jax.lax.dynamic_update_slice_in_dim(cache.tokens_BT, tokens_BL, start, axis=1)
         previous_BT = previous_tokens(tokens_BT, segments_BT)
         previous_BL = jax.lax.dynamic_slice_in_dim(previous_BT, start, tokens_BL.shape[1], axis=1)
-        context = Context(tokens_BL, positions_BL, mask_BLT, segments_BL > 0, start, previous_BL)
+        context = Context(tokens_BL, positions_BL, sight, segments_BL > 0, start, previous_BL)
         x_BLD, _, layers = self._forward(tokens_BL, context, None, cache.layers)
         assert layers is not None
         return self.head.decode(x_BLD), DecoderCache(layers, tokens_BT)

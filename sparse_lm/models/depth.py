@@ -20,11 +20,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparse_lm.models.block import Block, Context
-from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.reports import DepthStats, Reports
 from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.types import pytree_dataclass
-from sparse_lm.nn.attention import KeyValues
+from sparse_lm.nn.cache import AttentionCache
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import Rules
@@ -34,19 +34,19 @@ from sparse_lm.sharding import Rules
 class DepthCache:
     """The cache of the block inside, and which of the tokens in it took part: the others are seen by none."""
 
-    stored: KeyValues
+    stored: AttentionCache
     taken_BT: Bool[Array, "*N B T"]
 
 
 class Depth(nnx.Module):
     """A `Block` around which tokens may go; called like one."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, sparse: bool, rules: Rules):
-        """config: with `depth` set. sparse: whether the block's feed-forward part is a mixture of experts."""
+    def __init__(self, key: jax.Array, config: ModelConfig, kind: LayerKind, rules: Rules):
+        """config: with `depth` set. kind: of the block inside."""
         assert config.depth is not None
         block, router, predictor = jax.random.split(key, 3)
         self.options, self.rules = config.depth, rules
-        self.block = Block(block, config, sparse, rules)
+        self.block = Block(block, config, kind, rules)
         self.weight_D = nnx.Param(fan_in_normal(router, (config.d_model,), config.d_model))
         separate = config.depth.predictor == "mlp"
         self.predictor = Predictor(predictor, config.d_model, config.depth.hidden, rules) if separate else None
@@ -88,9 +88,8 @@ class Depth(nnx.Module):
         per_group = self.rules.per_group
         # A row with fewer than C real tokens fills up with padding.
         inner = {name: per_group(take, value, index_BC) for name, value in vars(context).items() if _per_token(value)}
-        mask_BCT = per_group(take, context.mask_BLT, index_BC)
-        mask_BTC = per_group(take, jnp.swapaxes(mask_BCT, 1, 2), index_BC)
-        inner["mask_BLT"] = jnp.swapaxes(mask_BTC, 1, 2)
+        sight = jax.tree.map(lambda value: per_group(take, self.rules.constrain(value, "BL"), index_BC), context.sight)
+        inner["sight"] = dataclasses.replace(sight, layout="subset")
         inner_context = dataclasses.replace(context, **inner)
         x_BCD, weight_BC = per_group(take, x_BLD, index_BC), per_group(take, weight_BL, index_BC)
         y_BCD, reports, _ = self.block(x_BCD, inner_context, key)
@@ -103,8 +102,7 @@ class Depth(nnx.Module):
         if cache is not None:
             assert context.start is not None
             taken_BT = jax.lax.dynamic_update_slice_in_dim(cache.taken_BT, says_BL, context.start, axis=1)
-        mask_BLT = context.mask_BLT & taken_BT[:, None, :]
-        inner = dataclasses.replace(context, mask_BLT=mask_BLT, real_BL=says_BL)
+        inner = dataclasses.replace(context, sight=context.sight.hiding(~taken_BT), real_BL=says_BL)
         y_BLD, reports, stored = self.block(x_BLD, inner, None, None if cache is None else cache.stored)
         x_BLD = x_BLD + _change(x_BLD, y_BLD, weight_BL, says_BL)
         return x_BLD, reports, None if stored is None else DepthCache(stored, taken_BT)

@@ -23,12 +23,12 @@ from sparse_lm.models.depth import Depth, DepthCache
 from sparse_lm.models.reports import Reports, concatenate, flatten, stack
 from sparse_lm.moe.layer import MoE
 from sparse_lm.moe.types import LayerStats, Replay, RouterStats
-from sparse_lm.nn.attention import KeyValues
+from sparse_lm.nn.cache import AttentionCache
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.nn.remat import policy
 from sparse_lm.sharding import Rules
 
-BlockCache = KeyValues | DepthCache
+BlockCache = AttentionCache | DepthCache
 Cache = tuple[tuple[BlockCache, ...], ...]  # per segment, per block of its unit, stacked over repeats
 Kind = TypeVar("Kind")
 Stats = TypeVar("Stats", RouterStats, LayerStats)
@@ -41,7 +41,7 @@ class Unit(nnx.Module):
         keys = jax.random.split(key, len(pattern))
         self.blocks = nnx.List(
             [
-                Depth(k, config, kind.sparse, rules) if kind.wrapped else Block(k, config, kind.sparse, rules)
+                Depth(k, config, kind, rules) if kind.wrapped else Block(k, config, kind, rules)
                 for k, kind in zip(keys, pattern, strict=True)
             ]
         )

@@ -11,7 +11,10 @@ from sparse_lm.sharding import Rules
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the model width, computed in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the model width, computed in float32.
+
+    kind: `rmsnorm`, `layernorm`, or `layernorm_no_bias`, which is centred and adds nothing (DBRX).
+    """
 
     def __init__(self, kind: str, d_model: int, rules: Rules, eps: float = 1e-6):
         self.kind, self.rules, self.eps = kind, rules, eps
@@ -21,7 +24,7 @@ class Norm(nnx.Module):
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The same shape and dtype."""
         x = x_BLD.astype(jnp.float32)
-        if self.bias_D is not None:
+        if self.kind != "rmsnorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         x = x * self.rules.whole(self.scale_D[...])

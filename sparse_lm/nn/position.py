@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.nn.rope_scaling import RopeScaling
 from sparse_lm.sharding import Rules
 
 
-def rotary(x_BLHI: Float[Array, "B L H I"], positions_BL: Int[Array, "B L"], base: float) -> Float[Array, "B L H I"]:
+def rotary(
+    x_BLHI: Float[Array, "B L H I"], positions_BL: Int[Array, "B L"], base: float, scaling: RopeScaling | None = None
+) -> Float[Array, "B L H I"]:
     """Rotates pairs (i, i + I/2) of each head by position * base^(-2i/I), in float32.
 
+    scaling: of the frequencies, for rows longer than in training; None is none.
     Source: Su et al. 2021 (RoFormer), equation 34, with halves instead of neighbours as pairs (GPT-NeoX, LLaMA).
     """
     half = x_BLHI.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    else:
+        frequency = jnp.asarray(scaling.stretched(base ** (-np.arange(half) / half), base), jnp.float32)
     angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if scaling is not None:
+        sin, cos = sin * scaling.amplitude, cos * scaling.amplitude
     first, second = jnp.split(x_BLHI.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BLHI.dtype)

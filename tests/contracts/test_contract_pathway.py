@@ -21,7 +21,7 @@ from sparse_lm.models.decoder import Decoder, build_decoder
 from sparse_lm.moe.attention.mixture import Mixture
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.types import Replay
-from sparse_lm.nn.attention import causal_mask
+from sparse_lm.nn.attend import row_sight
 from sparse_lm.sharding import DEFAULT
 
 
@@ -63,7 +63,7 @@ def test_the_logits_flow_from_layer_to_layer(grouping):
     recorded = reports.feed_forward.decision
     assert recorded is not None
 
-    context = Context(tokens_BL, positions_BL, causal_mask(segments_BL, segments_BL), segments_BL > 0)
+    context = Context(tokens_BL, positions_BL, row_sight(segments_BL), segments_BL > 0)
     x_BLD = one.embedding.encode(tokens_BL, jnp.float32)
     blocks = [
         jax.tree.map(lambda leaf, i=i: leaf[i], unit)
@@ -73,7 +73,7 @@ def test_the_logits_flow_from_layer_to_layer(grouping):
     carried_BLE, number = np.zeros((4, 8, 10)), 0
     for unit in blocks:
         (block,) = unit.blocks
-        y_BLD, _ = block.attention(block.attention_norm(x_BLD), positions_BL, context.mask_BLT, None, None)
+        y_BLD, _ = block.attention(block.attention_norm(x_BLD), positions_BL, context.sight, None, None)
         inputs_BLD = np.asarray(block.feed_forward_norm(x_BLD + y_BLD), np.float64)
         x_BLD, report, _ = block(
             x_BLD, dataclasses.replace(context, carried_BLE=jnp.asarray(carried_BLE, jnp.float32)), None

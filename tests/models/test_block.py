@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 
 from sparse_lm.models.block import Block, Context
-from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
-from sparse_lm.nn.attention import Attention, causal_mask
+from sparse_lm.nn.attend import row_sight
+from sparse_lm.nn.attention import Attention
 from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import DEFAULT
 
 SEGMENTS_BL = jnp.asarray([[1, 1, 1, 2, 2, 0]])
-CONTEXT = Context(
-    SEGMENTS_BL, jnp.asarray([[0, 1, 2, 0, 1, 2]]), causal_mask(SEGMENTS_BL, SEGMENTS_BL), SEGMENTS_BL > 0
-)
+CONTEXT = Context(SEGMENTS_BL, jnp.asarray([[0, 1, 2, 0, 1, 2]]), row_sight(SEGMENTS_BL), SEGMENTS_BL > 0)
 X_BLD = jax.random.normal(jax.random.key(1), (1, 6, 8))
 
 
@@ -28,12 +27,12 @@ def build(sparse: bool = False, **options: Any) -> Block:
     config = ModelConfig(
         num_layers=1, d_model=8, num_heads=2, d_ff=8, moe=MoEConfig(num_experts=4, top_k=2, every=1), **options
     )
-    return Block(jax.random.key(0), config, sparse, DEFAULT)
+    return Block(jax.random.key(0), config, LayerKind(sparse), DEFAULT)
 
 
 def attended(block: Block, x_BLD):
     assert isinstance(block.attention, Attention)
-    return block.attention(x_BLD, CONTEXT.positions_BL, CONTEXT.mask_BLT)[0]
+    return block.attention(x_BLD, CONTEXT.positions_BL, CONTEXT.sight)[0]
 
 
 def test_pre_norm_adds_the_parts_to_the_stream():

@@ -17,10 +17,10 @@ from flax import nnx
 
 from sparse_lm.config import ConfigError
 from sparse_lm.models.block import Context
-from sparse_lm.models.config import DepthConfig, ModelConfig
+from sparse_lm.models.config import DepthConfig, LayerKind, ModelConfig
 from sparse_lm.models.depth import Depth, add_at, choose, routed_tokens, take
 from sparse_lm.moe.config import MoEConfig
-from sparse_lm.nn.attention import causal_mask
+from sparse_lm.nn.attend import row_sight
 from sparse_lm.sharding import DEFAULT
 
 BATCH, LENGTH, WIDTH = 3, 10, 8
@@ -35,8 +35,8 @@ MOE = MoEConfig(num_experts=4, top_k=2, every=1, capacity_factor=None, capacity_
 def context(segments=SEGMENTS_BL) -> Context:
     segments_BL = jnp.asarray(segments)
     ids_BL = jnp.arange(segments.size).reshape(segments.shape)
-    mask_BLT = causal_mask(segments_BL, segments_BL)
-    return Context(ids_BL, jnp.asarray(POSITIONS_BL), mask_BLT, real_BL=segments_BL > 0)
+    sight = row_sight(segments_BL)
+    return Context(ids_BL, jnp.asarray(POSITIONS_BL), sight, real_BL=segments_BL > 0)
 
 
 def build(predictor: str = "router", moe: MoEConfig | None = None, **options: Any) -> Depth:
@@ -44,7 +44,7 @@ def build(predictor: str = "router", moe: MoEConfig | None = None, **options: An
         num_layers=1, d_model=WIDTH, num_heads=4, num_kv_heads=2, d_ff=8, moe=moe,
         depth=dataclasses.replace(DEPTH, predictor=predictor), **options,
     )  # fmt: skip
-    block = Depth(jax.random.key(0), config, moe is not None, DEFAULT)
+    block = Depth(jax.random.key(0), config, LayerKind(moe is not None), DEFAULT)
     if block.predictor is not None:
         block.predictor.bias_F[...] = jnp.linspace(-0.5, 0.5, 5)
     return block
@@ -184,9 +184,7 @@ def test_experts_inside_compute_what_they_would_for_these_tokens_alone():
     weight_BL = X_BLD @ np.asarray(block.weight_D[...])
     places = np.sort(np.argsort(-weight_BL[0])[:4])
     segments = jnp.ones((1, 4), jnp.int32)
-    alone = Context(
-        jnp.asarray(places)[None], jnp.asarray(POSITIONS_BL[:1, places]), causal_mask(segments, segments), segments > 0
-    )
+    alone = Context(jnp.asarray(places)[None], jnp.asarray(POSITIONS_BL[:1, places]), row_sight(segments), segments > 0)
     inner_BCD, _, _ = block.block(jnp.asarray(X_BLD[:1, places]), alone, None)
     expected = X_BLD[0, places] + weight_BL[0, places, None] * (inner_BCD[0] - X_BLD[0, places])
     np.testing.assert_allclose(y_BLD[0, places], expected, rtol=1e-5, atol=1e-5)

@@ -26,9 +26,9 @@ def test_by_hand():
     assert counts.dense == Part(144, 90, 90)  # 2 of 72; 72 + 18
     assert counts.norms == Part(20, 14, 0)  # 2 of 8 and the last 4; 8 + 2 + 4
     assert counts.depth == Part(4, 4, 4)
-    assert counts.score_width == 4  # 2 heads of 2, times 1 + 1/16, rounded
-    # 6 * (80 + 90 + 4 + 40) + 12 * 4 * 8
-    assert counts.flops_per_token(8) == 6 * 214 + 384
+    assert counts.score_width(8) == 68  # 2 heads of 2 for keys and for values, times 1 + 1/16, times 8
+    # 6 * (80 + 90 + 4 + 40 + 68)
+    assert counts.flops_per_token(8) == 6 * 282
     assert counts.part_flops("depth", 8) == 24
 
 

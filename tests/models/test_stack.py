@@ -15,7 +15,7 @@ from sparse_lm.models.reports import Reports
 from sparse_lm.models.stack import Stack, segments
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
-from sparse_lm.nn.attention import causal_mask
+from sparse_lm.nn.attend import row_sight
 from sparse_lm.nn.mlp import Mlp
 from sparse_lm.sharding import DEFAULT
 
@@ -86,9 +86,7 @@ def config(**options) -> ModelConfig:
 
 
 SEGMENTS_BL = jnp.asarray([[1, 1, 1, 1], [1, 1, 2, 0]])
-CONTEXT = Context(
-    SEGMENTS_BL, jnp.broadcast_to(jnp.arange(4), (2, 4)), causal_mask(SEGMENTS_BL, SEGMENTS_BL), SEGMENTS_BL > 0
-)
+CONTEXT = Context(SEGMENTS_BL, jnp.broadcast_to(jnp.arange(4), (2, 4)), row_sight(SEGMENTS_BL), SEGMENTS_BL > 0)
 X_BLD = jax.random.normal(jax.random.key(1), (2, 4, 8))
 
 

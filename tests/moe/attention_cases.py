@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from sparse_lm.moe.attention import AttentionExperts, AttentionInputs, AttentionShape, ExpertAttention
-from sparse_lm.nn.attention import causal_mask
+from sparse_lm.nn.attend import row_sight
 from sparse_lm.sharding import DEFAULT
 
 WIDTH = 6
@@ -22,7 +22,7 @@ REAL = SEGMENTS > 0
 def inputs() -> AttentionInputs:
     segments = jnp.asarray(SEGMENTS)
     ids = jnp.asarray(np.arange(SEGMENTS.size).reshape(SEGMENTS.shape))
-    return AttentionInputs(jnp.asarray(POSITIONS), causal_mask(segments, segments), segments > 0, ids)
+    return AttentionInputs(jnp.asarray(POSITIONS), row_sight(segments), segments > 0, ids)
 
 
 def build(config: AttentionExperts, heads: int, kv_heads: int, dropout: float = 0.0) -> ExpertAttention:

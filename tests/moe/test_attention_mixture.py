@@ -19,6 +19,7 @@ from sparse_lm.moe.routers.sigmoid import Sigmoid, SigmoidRouter
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.stats import unaccounted
 from sparse_lm.nn.attention import Attention
+from sparse_lm.nn.heads import AttentionShape
 from sparse_lm.sharding import DEFAULT
 
 ROUTER = TopK(gate="softmax_after", init_scale=4.0)
@@ -66,11 +67,11 @@ def test_one_expert_is_grouped_query_attention():
     config = Mixture(num_experts=1, top_k=1, router=TopK())
     layer = cases.build(config, 4, 2)
     assert isinstance(layer, MixtureAttention)
-    plain = Attention(jax.random.key(0), cases.WIDTH, (4, 2, 4), DEFAULT, oracle.ROPE_BASE)
+    plain = Attention(jax.random.key(0), AttentionShape(cases.WIDTH, 4, 2, 4, oracle.ROPE_BASE), DEFAULT)
     plain.query_DHI[...], plain.out_HID[...] = layer.query_EDHI[...][0], layer.out_EHID[...][0]
     plain.key_DJI[...], plain.value_DJI[...] = layer.key_DJI[...], layer.value_DJI[...]
     seen = cases.inputs()
-    expected, _ = plain(jnp.asarray(cases.X, jnp.float32), seen.positions_BL, seen.mask_BLT)
+    expected, _ = plain(jnp.asarray(cases.X, jnp.float32), seen.positions_BL, seen.sight)
     got = np.asarray(cases.call(layer)[0])
     np.testing.assert_allclose(got[cases.REAL], np.asarray(expected)[cases.REAL], rtol=1e-5, atol=1e-5)
 

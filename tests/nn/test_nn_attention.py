@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.nn.attention import Attention, KeyValues, causal_mask
+from sparse_lm.nn.attend import continued_sight, row_sight
+from sparse_lm.nn.attention import Attention
+from sparse_lm.nn.cache import KeyValues
+from sparse_lm.nn.heads import AttentionShape
 from sparse_lm.sharding import DEFAULT
 
 BATCH, LENGTH, WIDTH, HEADS, KV_HEADS, HEAD = 2, 5, 6, 4, 2, 4
@@ -18,7 +21,7 @@ run = jax.jit(lambda layer, *inputs: layer(*inputs))
 
 
 def build(kv_heads: int = KV_HEADS, rope: float | None = None, rate: float = 0.0) -> Attention:
-    return Attention(jax.random.key(0), WIDTH, (HEADS, kv_heads, HEAD), DEFAULT, rope, rate)
+    return Attention(jax.random.key(0), AttentionShape(WIDTH, HEADS, kv_heads, HEAD, rope, rate), DEFAULT)
 
 
 def looped(layer: Attention, x_BLD, mask_BLT) -> np.ndarray:
@@ -36,26 +39,13 @@ def looped(layer: Attention, x_BLD, mask_BLT) -> np.ndarray:
     return y
 
 
-def test_mask_by_hand():
-    mask = np.asarray(causal_mask(SEGMENTS_BL, SEGMENTS_BL)).astype(int)
-    first = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
-    second = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0] * 5, [0] * 5]
-    np.testing.assert_array_equal(mask, [first, second])
-
-
-def test_mask_of_a_continued_row_is_a_part_of_the_whole():
-    whole = causal_mask(SEGMENTS_BL, SEGMENTS_BL)
-    np.testing.assert_array_equal(causal_mask(SEGMENTS_BL[:, 2:4], SEGMENTS_BL, 2), whole[:, 2:4])
-    np.testing.assert_array_equal(causal_mask(SEGMENTS_BL[:, 2:4], SEGMENTS_BL, jnp.asarray(2)), whole[:, 2:4])
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_the_loop(kv_heads):
-    layer, mask = build(kv_heads), causal_mask(SEGMENTS_BL, SEGMENTS_BL)
-    y_BLD, cache = run(layer, X_BLD, POSITIONS_BL, mask)
+    layer, sight = build(kv_heads), row_sight(SEGMENTS_BL)
+    y_BLD, cache = run(layer, X_BLD, POSITIONS_BL, sight)
     assert cache is None
     real = np.asarray(SEGMENTS_BL) > 0
-    np.testing.assert_allclose(np.asarray(y_BLD)[real], looped(layer, X_BLD, mask)[real], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(y_BLD)[real], looped(layer, X_BLD, sight.mask())[real], rtol=1e-4, atol=1e-5)
     assert np.all(np.isfinite(y_BLD))
 
 
@@ -64,27 +54,32 @@ def test_grouped_queries_are_repeated_heads():
     full.query_DHI, full.out_HID = grouped.query_DHI, grouped.out_HID
     full.key_DJI[...] = jnp.repeat(grouped.key_DJI[...], 2, axis=1)
     full.value_DJI[...] = jnp.repeat(grouped.value_DJI[...], 2, axis=1)
-    mask = causal_mask(SEGMENTS_BL, SEGMENTS_BL)
-    one, two = (run(layer, X_BLD, POSITIONS_BL, mask)[0] for layer in (grouped, full))
+    sight = row_sight(SEGMENTS_BL)
+    one, two = (run(layer, X_BLD, POSITIONS_BL, sight)[0] for layer in (grouped, full))
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_rotation_sees_distances_only_and_does_see_them():
-    layer, mask = build(rope=100.0), causal_mask(SEGMENTS_BL, SEGMENTS_BL)
-    plain = run(layer, X_BLD, POSITIONS_BL, mask)[0]
-    np.testing.assert_allclose(run(layer, X_BLD, POSITIONS_BL + 7, mask)[0], plain, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(run(layer, X_BLD, 2 * POSITIONS_BL, mask)[0], plain, atol=1e-3)
+    layer, sight = build(rope=100.0), row_sight(SEGMENTS_BL)
+    plain = run(layer, X_BLD, POSITIONS_BL, sight)[0]
+    np.testing.assert_allclose(run(layer, X_BLD, POSITIONS_BL + 7, sight)[0], plain, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(run(layer, X_BLD, 2 * POSITIONS_BL, sight)[0], plain, atol=1e-3)
 
 
 def test_a_cache_filled_in_two_parts_gives_the_same():
-    layer, mask = build(rope=100.0), causal_mask(SEGMENTS_BL, SEGMENTS_BL)
-    whole = run(layer, X_BLD, POSITIONS_BL, mask)[0]
+    layer, sight = build(rope=100.0), row_sight(SEGMENTS_BL)
+    whole = run(layer, X_BLD, POSITIONS_BL, sight)[0]
     empty = jnp.zeros((BATCH, LENGTH, KV_HEADS, HEAD))
     cache, parts = KeyValues(empty, empty), []
     for start, end in ((0, 3), (3, 5)):
         part = slice(start, end)
         y_BLD, cache = run(
-            layer, X_BLD[:, part], POSITIONS_BL[:, part], mask[:, part], None, (cache, jnp.asarray(start))
+            layer,
+            X_BLD[:, part],
+            POSITIONS_BL[:, part],
+            continued_sight(SEGMENTS_BL[:, part], SEGMENTS_BL, start),
+            None,
+            (cache, jnp.asarray(start)),
         )
         parts.append(y_BLD)
     real = np.asarray(SEGMENTS_BL) > 0
@@ -100,14 +95,16 @@ def test_write_touches_only_its_place_and_keeps_the_type():
 
 
 def test_dropout_in_training_only():
-    mask = causal_mask(SEGMENTS_BL, SEGMENTS_BL)
+    sight = row_sight(SEGMENTS_BL)
     plain, dropping = build(), build(rate=0.5)
-    np.testing.assert_array_equal(run(dropping, X_BLD, POSITIONS_BL, mask)[0], run(plain, X_BLD, POSITIONS_BL, mask)[0])
-    y_BLD = np.asarray(run(dropping, X_BLD, POSITIONS_BL, mask, jax.random.key(0))[0])
+    np.testing.assert_array_equal(
+        run(dropping, X_BLD, POSITIONS_BL, sight)[0], run(plain, X_BLD, POSITIONS_BL, sight)[0]
+    )
+    y_BLD = np.asarray(run(dropping, X_BLD, POSITIONS_BL, sight, jax.random.key(0))[0])
     assert 0.2 < np.mean(y_BLD == 0) < 0.8
 
 
 def test_initial_values_are_scaled_by_the_fan_in():
-    layer = Attention(jax.random.key(0), 64, (8, 4, 16), DEFAULT, None)
+    layer = Attention(jax.random.key(0), AttentionShape(64, 8, 4, 16), DEFAULT)
     for weight, fan_in in ((layer.query_DHI, 64), (layer.key_DJI, 64), (layer.value_DJI, 64), (layer.out_HID, 128)):
         np.testing.assert_allclose(np.std(weight[...]), fan_in**-0.5, rtol=0.05)

@@ -18,28 +18,10 @@ from sparse_lm.config import Config
 from sparse_lm.moe.config import BalanceConfig
 from sparse_lm.moe.stats import dispatch_stats, router_stats
 from sparse_lm.moe.types import LayerStats, Scores, TokenChoice, pytree_dataclass
-from sparse_lm.nn.attention import Heads, KeyValues
+from sparse_lm.nn.attend import Sight
+from sparse_lm.nn.cache import KeyValues
+from sparse_lm.nn.heads import AttentionShape
 from sparse_lm.sharding import Rules
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionShape:
-    """What a layer's attention is built from.
-
-    num_heads: query heads of a token. kv_heads: heads of keys and values. head_dim: width of each. rope_base: None is
-    no rotation. dropout_rate: of the attention weights and of the result.
-    """
-
-    d_model: int
-    num_heads: int
-    kv_heads: int
-    head_dim: int
-    rope_base: float | None = None
-    dropout_rate: float = 0.0
-
-    def heads(self, rules: Rules) -> Heads:
-        """What is between the projections, the same as in `nn.attention.Attention`."""
-        return Heads(rules, self.rope_base, self.dropout_rate)
 
 
 @pytree_dataclass
@@ -52,7 +34,7 @@ class AttentionInputs:
     """
 
     positions_BL: Int[Array, "B L"]
-    mask_BLT: Bool[Array, "B L T"]
+    sight: Sight
     real_BL: Bool[Array, "B L"]
     ids_BL: Int[Array, "B L"]
     previous_BL: Int[Array, "B L"] | None = None

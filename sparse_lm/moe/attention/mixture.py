@@ -135,7 +135,7 @@ class MixtureAttention(ExpertAttention):
         key_BTJI = rules.einsum("BTD,DJI->BTJI", x_BLD, rules.gather(self.key_DJI[...], "DJI", dtype))
         value_BTJI = rules.einsum("BTD,DJI->BTJI", x_BLD, rules.gather(self.value_DJI[...], "DJI", dtype))
         mixed_BLHI, stored = shape.heads(rules).mix(
-            (query_BLHI, key_BTJI, value_BTJI), inputs.positions_BL, inputs.mask_BLT, weights_key, cache
+            (query_BLHI, key_BTJI, value_BTJI), inputs.positions_BL, inputs.sight, weights_key, cache
         )
         mixed_BLHKI = rules.reshape(mixed_BLHI, (batch, length, heads, choices, width), "BLHKI")
         gated_BLKE = gate_BLK[..., None] * chosen_BLKE

@@ -111,7 +111,7 @@ class SwitchHeadAttention(ExpertAttention):
         all_BLEHI = rules.einsum("BLD,EDHI->BLEHI", x_BLD, whole_experts(rules, self.value_EDHI[...], "EDHI", dtype))
         value_BLHI = merge(value_gate_BLHE, all_BLEHI, "BLHE,BLEHI->BLHI", rules)
         mixed_BLHI, stored = shape.heads(rules).mix(
-            (query_BLHI, key_BLHI, value_BLHI), inputs.positions_BL, inputs.mask_BLT, weights_key, cache
+            (query_BLHI, key_BLHI, value_BLHI), inputs.positions_BL, inputs.sight, weights_key, cache
         )
         mixed_BLEHI = merge(out_gate_BLHE, mixed_BLHI, "BLHE,BLHI->BLEHI", rules)
         y_BLD = rules.einsum("BLEHI,EHID->BLD", mixed_BLEHI, whole_experts(rules, self.out_EHID[...], "EHID", dtype))

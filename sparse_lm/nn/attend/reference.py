@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,8 +28,16 @@ def reference(
     num_kv_heads = key_BTJI.shape[2]
     # The layout is named, since jax cannot know which of the two axes of H the cut goes to: a single key/value head
     # is the one of all devices.
-    letters = ("BLJ.I", "J.", "BLHI") if num_kv_heads > 1 or num_heads == 1 else ("BL.HI", ".H", "BLHI")
+    shared = num_kv_heads == 1 and num_heads > 1
+    letters = ("BL.HI", ".H", "B..I") if shared else ("BLJ.I", "J.", "B.JI")
     shape = (num_kv_heads, num_heads // num_kv_heads)
+    # Where devices share a row, each has all of its keys.
+    key_BTJI, value_BTJW = (rules.constrain(x, letters[2]) for x in (key_BTJI, value_BTJW))
+    sight = dataclasses.replace(
+        sight,
+        key_segments_BT=rules.constrain(sight.key_segments_BT, "B."),
+        key_places_BT=rules.constrain(sight.key_places_BT, "B."),
+    )
     query = rules.reshape(query_BLHI, (batch, length, *shape, width), letters[0])
     sums = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("BLJRI,BTJI->BJRLT", query, key_BTJI, preferred_element_type=sums) * scale
@@ -43,7 +53,8 @@ def reference(
         highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
         weights = jnp.exp(scores - highest)
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - highest))
-    weights = jnp.where(mask, weights, 0)
     weights = dropout(weights, rate, dropout_key).astype(value_BTJW.dtype)
     mixed = jnp.einsum("BJRLT,BTJW->BLJRW", weights, value_BTJW)
-    return rules.reshape(mixed, (batch, length, num_heads, value_BTJW.shape[-1]), letters[2])
+    mixed_BLHW = rules.reshape(mixed, (batch, length, num_heads, value_BTJW.shape[-1]), "BLHI")
+    # A query that sees nothing, such as padding, has equal weights by now.
+    return jnp.where(jnp.any(mask, axis=-1)[:, 0, 0, :, None, None], mixed_BLHW, 0)
