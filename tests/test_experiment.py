@@ -210,7 +210,7 @@ def lower(config: Experiment) -> None:
     optimizer = build_optimizer(config.optim, 10)
     step = make_train_step(optimizer, config.train.accumulate, 2)
     with jax.set_mesh(mesh):
-        tokens = put(mesh, DEFAULT, np.zeros((config.train.batch_size, 17), np.int32), "BL")
+        tokens = put(mesh, DEFAULT, np.zeros((config.train.batch_size, 17), np.int32), "B.")
         state = jax.eval_shape(lambda key: create_state(key, config.model, optimizer, DEFAULT), jax.random.key(0))
         new, metrics = jax.eval_shape(step, state, Batch(tokens, tokens, tokens, tokens, tokens), jax.random.key(0))
     assert metrics.total.shape == ()

@@ -77,7 +77,7 @@ def test_another_model_routes_as_it_is_told(mesh_of):
     assert np.mean(np.asarray(again.expert_GSK) == np.asarray(found.expert_GSK)) < 0.9
     with jax.set_mesh(mesh_of(data=2, expert=4)):
         model = build()
-        batch = jax.tree.map(lambda leaf: DEFAULT.constrain(leaf, "BL"), BATCH)
+        batch = jax.tree.map(lambda leaf: DEFAULT.constrain(leaf, "B."), BATCH)
         elsewhere = record(model, batch)
         np.testing.assert_array_equal(elsewhere.expert_GSK, found.expert_GSK)
         np.testing.assert_allclose(loss(model, batch, found), loss(MODEL, BATCH), rtol=1e-6)

@@ -96,7 +96,7 @@ def test_layers_that_tokens_skip_are_counted_over_all_batches():
 def test_a_mesh_changes_nothing(mesh_of):
     mesh = mesh_of(data=2, expert=2, model=2)
     with jax.set_mesh(mesh):
-        placed = [jax.tree.map(lambda x: put(mesh, DEFAULT, x, "BL"), batch) for batch in HOST]
+        placed = [jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), batch) for batch in HOST]
         found = EVALUATE(jax.jit(DEFAULT.shard_parameters)(SPARSE), placed)
     expected = EVALUATE(SPARSE, BATCHES)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)

@@ -152,7 +152,7 @@ def test_bigrams_on_a_mesh_are_the_same(mesh_of):
     whole, _ = bigram_logits()
     with jax.set_mesh(mesh_of(data=2, expert=2)):
         model = build(moe=BIGRAM)
-        rows = [DEFAULT.constrain(jnp.tile(x, (2, 1)), "BL") for x in (TOKENS_BL, SEGMENTS_BL, POSITIONS_BL)]
+        rows = [DEFAULT.constrain(jnp.tile(x, (2, 1)), "B.") for x in (TOKENS_BL, SEGMENTS_BL, POSITIONS_BL)]
         logits, _ = jax.jit(lambda model, *inputs: model(*inputs))(model, *rows)
         cache, found = model.empty_cache(4, 6), []
         for start in (0, 3):

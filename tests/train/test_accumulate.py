@@ -49,7 +49,7 @@ def test_no_row_changes_its_device(mesh_of):
     mesh = mesh_of(data=2)
     rows = np.broadcast_to(np.arange(8, dtype=np.int32)[:, None], (8, 3))
     with jax.set_mesh(mesh):
-        placed = put(mesh, DEFAULT, rows, "BL")
+        placed = put(mesh, DEFAULT, rows, "B.")
         cut = jax.jit(lambda b: microbatches(b, 2, DEFAULT))(Batch(placed, placed, placed, placed, placed)).tokens_BL
     before = {shard.device: set(np.unique(shard.data)) for shard in placed.addressable_shards}
     after = {shard.device: set(np.unique(shard.data)) for shard in cut.addressable_shards}

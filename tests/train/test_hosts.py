@@ -53,7 +53,7 @@ def test_rows_of_devices_that_are_not_neighbours(mesh_of):
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "expert": 2, "model": 2}])
 def test_placed_rows_are_those_of_a_whole_array(mesh_of, sizes):
     mesh, x = mesh_of(**sizes), np.arange(16 * 3).reshape(16, 3)
-    placed, whole = hosts.place(mesh, DEFAULT, x, tuple(range(16)), 16), put(mesh, DEFAULT, x, "BL")
+    placed, whole = hosts.place(mesh, DEFAULT, x, tuple(range(16)), 16), put(mesh, DEFAULT, x, "B.")
     np.testing.assert_array_equal(placed, x)
     assert placed.sharding == whole.sharding
 
@@ -105,7 +105,7 @@ def test_a_file_that_all_see_and_one_that_this_one_does_not(tmp_path):
 
 def test_fetched_arrays_are_whole(mesh_of):
     x = np.arange(16).reshape(8, 2)
-    found = hosts.fetch({"a": put(mesh_of(data=8), DEFAULT, x, "BL"), "b": None})
+    found = hosts.fetch({"a": put(mesh_of(data=8), DEFAULT, x, "B."), "b": None})
     assert isinstance(found["a"], np.ndarray) and found["b"] is None
     np.testing.assert_array_equal(found["a"], x)
 
