@@ -43,7 +43,9 @@ class Options:
     """What the benchmarks may be told. quick: small sizes and few repeats, to see that they run, not to be quoted.
 
     experiment: what `train_step` and `startup` measure. repeats: pairs, None is each benchmark's own number.
-    tokens, dtype, activation: of `moe_layer`; tokens None is its own number.
+    tokens, dtype, activation: of `moe_layer` and `experts`; tokens None is their own number.
+    against: `hf` times `train_step` against the Mixtral of transformers in the environment of `python`, with `batch`
+    rows of tokens in a step (None is its own number); None is the dense twin of the experiment.
     """
 
     experiment: Experiment
@@ -52,6 +54,9 @@ class Options:
     tokens: int | None = None
     dtype: str = "float32"
     activation: str = "relu"
+    against: str | None = None
+    python: str | None = None
+    batch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,21 @@ class Machine:
     published_peak: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a plot shows of a row. values: one for each name, all in `unit`; the names are alike in all rows.
+
+    x: place on a logarithmic axis, so that rows make lines; None draws bars under the name of the row. line: rows of
+    the same one are connected.
+    """
+
+    name: str
+    values: dict[str, float]
+    unit: str
+    x: float | None = None
+    line: str = ""
+
+
 class Row(Protocol):
     """One line of a benchmark's table."""
 
@@ -78,6 +98,10 @@ class Row(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the line."""
+        ...
+
+    def drawn(self) -> Drawn:
+        """What a plot shows of the line."""
         ...
 
 
@@ -127,6 +151,12 @@ class Comparison:
             "of peak": percent(self.share),
             "against of peak": percent(self.share_against),
         }
+
+    def drawn(self) -> Drawn:
+        """See `Row`."""
+        values = {"measured": self.tokens / self.paired.seconds_a, "against": self.tokens / self.paired.seconds_b}
+        limit = self.peak * self.tokens / self.flops
+        return Drawn(f"{self.case} / {self.against}", {**values, "limit": limit}, "tokens/s")
 
     def to_json(self) -> dict[str, Any]:
         """See `Row`."""

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import jax
 
-from sparse_lm.bench.harness import Options, Paired, paired
+from sparse_lm.bench.harness import Drawn, Options, Paired, paired
 from sparse_lm.config import from_dict, to_dict
 from sparse_lm.data.loader import TrainLoader, build_dataset
 from sparse_lm.experiment import Experiment, resolved
@@ -83,6 +83,12 @@ class Start:
             "cold / warm": ratio,
             "traces": f"{traces} in {STEPS} steps",
         }
+
+    def drawn(self) -> Drawn:
+        """See `harness.Row`."""
+        phases = dataclasses.asdict(self.phases)
+        del phases["traces"]
+        return Drawn(self.case, {**phases, "process": self.process_seconds}, "seconds")
 
     def to_json(self) -> dict[str, Any]:
         """See `harness.Row`."""
