@@ -16,6 +16,8 @@ from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.train.config import MeshConfig, TrainConfig
 
+PUBLISHED = {"": ("46.7B", "12.9B", "v5p:4x4x4")}  # total, active, slice
+
 
 def get_config() -> ConfigDict:
     moe = MoEConfig(num_experts=8, top_k=2, d_expert=14_336, every=1, router=TopK(gate="softmax_after"))
