@@ -35,6 +35,9 @@ REPEATS, QUICK_REPEATS = 5, 1
 DTYPES = ("float32", "bfloat16")
 DISPATCHERS = ("dropless", "gather")
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies the weights of an expert for every token
+# By default torch's threads wait for each other in a loop, which on cores that others use too costs them whole time
+# slices: steps of 10 ms then took up to 4 s. Asleep they take nothing from this process either.
+WAITING = ("env", "OMP_WAIT_POLICY=PASSIVE")
 PROBES = 2  # steps, after the first, by which the fastest of them is chosen
 
 
@@ -105,8 +108,11 @@ class Remote:
         try:
             return dict(json.loads(line))
         except (ValueError, TypeError):
-            self._process.kill()
-            self._process.wait()
+            try:  # one that is about to end says why
+                self._process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._errors.seek(0)
             words = self._errors.read()[-2000:]
             raise OtherSideError(f"the other side answered {line!r} and ended; its last words:\n{words}") from None
@@ -153,7 +159,7 @@ def command_of(python: str | None, sizes: Sizes, dtype: str, implementation: str
     if python is None or not Path(python).is_file():
         raise ConfigError("python", python, "must be the python of an environment with torch and transformers")
     options = {**dataclasses.asdict(sizes), "dtype": dtype, "experts": implementation}
-    return [python, "-P", str(SCRIPT), *(f"--{name}={value}" for name, value in options.items())]
+    return [*WAITING, python, "-P", str(SCRIPT), *(f"--{name}={value}" for name, value in options.items())]
 
 
 def experiment_of(sizes: Sizes, dtype: str, dispatcher: str) -> Experiment:

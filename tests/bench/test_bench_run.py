@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import sys
 import pytest
 import tiny
 
+from sparse_lm.bench import run
 from sparse_lm.bench.harness import Comparison, Options, Paired
 from sparse_lm.bench.run import BENCHMARKS, Benchmark, run_benchmark, summary
 from sparse_lm.config import ConfigError
@@ -21,7 +23,7 @@ ROW = Comparison("sparse", "dense", Paired(1.5, 1.0, 2.0, 3.0, 2.0, 1), 6, 12.0,
 
 
 def test_the_process_that_needs_the_accelerator_free_comes_first():
-    assert list(BENCHMARKS) == ["startup", "moe_layer", "train_step"]
+    assert list(BENCHMARKS) == ["startup", "moe_layer", "train_step", "experts"]
 
 
 def test_a_benchmark_is_run_with_the_options(monkeypatch):
@@ -31,6 +33,13 @@ def test_a_benchmark_is_run_with_the_options(monkeypatch):
     assert given == [OPTIONS]
     assert (made.name, list(made.rows)) == ("fake", [ROW])
     assert json.loads(json.dumps(made.to_json()))["rows"][0]["share_of_peak"] == 0.5
+
+
+def test_the_step_is_timed_against_what_the_options_name(monkeypatch):
+    monkeypatch.setattr(run, "train_step", lambda options: ["twin"])
+    monkeypatch.setattr(run, "train_step_against", lambda options: [options.against])
+    assert run.step(OPTIONS) == ["twin"]
+    assert run.step(dataclasses.replace(OPTIONS, against="hf")) == ["hf"]
 
 
 def test_an_unknown_name_is_refused_with_the_closest():
@@ -71,12 +80,14 @@ def test_the_main_measures_one(tmp_path):
     assert row["repeats"] == 3
     assert "E=4 k=2 gather" in done.stdout
     assert written["machine"]["cpu"] in done.stdout
+    assert file.with_suffix(".csv").is_file() and file.with_suffix(".svg").is_file()
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["moe_layers"], "config.benchmark='moe_layers': did you mean 'moe_layer'?"),
+        (["train_step", "--against=hf", "--quick"], "config.python=None: must be the python of an environment"),
         (["moe_layer", "--quick", "--tokens=100"], "config.tokens=100: must be a positive multiple"),
     ],
 )

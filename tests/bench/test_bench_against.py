@@ -1,0 +1,160 @@
+"""The other side is a process that takes its turns, and both sides are the same model. A stand-in plays it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+
+import pytest
+import tiny
+
+from sparse_lm.bench import against
+from sparse_lm.bench.against import (
+    DISPATCHERS,
+    DTYPES,
+    QUICK,
+    WAITING,
+    OtherSideError,
+    Remote,
+    Sizes,
+    command_of,
+    experiment_of,
+    fastest,
+    train_step_against,
+)
+from sparse_lm.bench.harness import Options
+from sparse_lm.config import ConfigError
+from sparse_lm.models.counts import count
+
+# Logs what it is told; `grouped_mm` is four times as fast as `eager`, in bfloat16 the other way round.
+STAND_IN = """
+import json, pathlib, sys
+options = dict(a[2:].split("=") for a in sys.argv[1:])
+log = pathlib.Path(__file__).with_suffix(".log").open("a")
+slow = (options["experts"] == "eager") == (options["dtype"] == "float32")
+print(json.dumps({"transformers": "9.8.7"}), flush=True)
+for line in sys.stdin:
+    print(options["dtype"], options["experts"], line.strip(), file=log, flush=True)
+    print(json.dumps({"peak": 4e12} if line == "peak\\n" else {"seconds": 4.0 if slow else 1.0}), flush=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    script = tmp_path / "other.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(against, "SCRIPT", script)
+    return tmp_path / "other.log"
+
+
+def echo(program):
+    return Remote([sys.executable, "-c", program])
+
+
+def test_questions_are_answered_in_order():
+    program = (
+        "import sys\nprint('{}', flush=True)\nfor line in sys.stdin: print('{\"got\": \"%s\"}' % line[:-1], flush=True)"
+    )
+    with echo(program) as remote:
+        assert remote.ready == {}
+        assert [remote.ask(word) for word in ("step", "peak")] == [{"got": "step"}, {"got": "peak"}]
+        process = remote._process
+    assert process.returncode is not None  # it does not outlive its turn
+
+
+@pytest.mark.parametrize(
+    "program", ["raise SystemExit('no torch here')", "print('3'); raise SystemExit('no torch here')"]
+)
+def test_a_side_that_cannot_start_says_why(program):
+    with pytest.raises(OtherSideError, match=r"answered '.*last words:\n(.|\n)*no torch here"), echo(program):
+        pass
+
+
+def test_a_side_that_ends_in_the_middle_says_why():
+    with echo("print('{}'); input(); raise SystemExit('out of memory')") as remote:
+        with pytest.raises(OtherSideError, match="out of memory"):
+            remote.ask("step")
+        with pytest.raises(OtherSideError):
+            remote.ask("step")
+
+
+def test_the_fastest_implementation_is_taken(stand_in):
+    assert fastest(sys.executable, QUICK, "float32") == ("grouped_mm", " (eager x4.00)")
+    assert fastest(sys.executable, QUICK, "bfloat16") == ("eager", " (grouped_mm x4.00)")
+    assert stand_in.read_text().splitlines().count("float32 eager step") == 1 + against.PROBES
+
+
+def test_the_sides_take_turns(stand_in, monkeypatch):
+    taken = []
+
+    def fake(experiment, mesh):
+        assert mesh.size == 1
+        taken.append((experiment.model.dtype, experiment.model.moe.dispatcher))
+
+        def call():
+            with stand_in.open("a") as log:
+                log.write("ours\n")
+
+        return call
+
+    peaks = {"float32": iter([5e12, 1e12]), "bfloat16": iter([1e12, 3e12])}
+    monkeypatch.setattr(against, "stepper", fake)
+    monkeypatch.setattr(against, "matmul_peak", lambda dtype: next(peaks[dtype]))
+    monkeypatch.setattr(against, "IMPLEMENTATIONS", ("eager",))
+    rows = train_step_against(Options(tiny.experiment(), quick=True, repeats=2, python=sys.executable, batch=3))
+    assert taken == [(dtype, dispatcher) for dtype in DTYPES for dispatcher in DISPATCHERS]
+    assert [row.case for row in rows] == [
+        f"{dispatcher} {dtype}" for dtype, dispatcher in ((t, d) for t in DTYPES for d in DISPATCHERS)
+    ]
+    assert {row.against for row in rows} == {"transformers 9.8.7 eager"}
+    assert [row.peak for row in rows] == [5e12, 5e12, 4e12, 4e12]  # the largest of either side's
+    assert {(row.tokens, row.paired.repeats) for row in rows} == {(3 * 64, 2)}
+    assert all(row.flops == row.flops_against > 0 for row in rows)
+    lines = [line for line in stand_in.read_text().splitlines() if line == "ours" or line.startswith("bfloat16")]
+    assert lines[-13:] == ["bfloat16 eager peak", *["ours", "bfloat16 eager step"] * 6, "bfloat16 eager peak"][-13:]
+
+
+def test_flops_and_parameters_by_hand():
+    sizes = Sizes(
+        d_model=4, num_layers=2, num_experts=3, top_k=2, d_expert=5, num_heads=2, vocab_size=7, length=6, batch=1
+    )
+    counts = count(experiment_of(sizes, "float32", "dropless").model)
+    block = 4 * 4 * 4 + 4 * 3  # attention, router
+    assert counts.total == 2 * 7 * 4 + 2 * (block + 3 * 3 * 4 * 5 + 2 * 4) + 4
+    matrices = 7 * 4 + 2 * (block + 2 * 3 * 4 * 5)
+    assert counts.flops_per_token(6) == 6 * matrices + 12 * 2 * 4 * 6
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_our_side_is_mixtral(dtype, dispatcher):
+    experiment = experiment_of(Sizes(), dtype, dispatcher)
+    model, moe = experiment.model, experiment.model.moe
+    assert (model.dtype, model.activation, model.norm, model.position) == (dtype, "swiglu", "rmsnorm", "rope")
+    assert all(model.sparse)
+    assert moe is not None
+    assert moe.router.gate == "softmax_after"
+    assert (moe.capacity_factor is None) == (dispatcher == "dropless")
+    assert (experiment.train.batch_size, experiment.data.length, model.kv_heads) == (8, 512, 8)
+
+
+def test_the_script_takes_what_it_is_given():
+    command = command_of(sys.executable, QUICK, "bfloat16", "eager")
+    assert command[: len(WAITING) + 2] == [*WAITING, sys.executable, "-P"]
+    given = {argument.partition("=")[0] for argument in command if argument.startswith("--")}
+    assert given == {f"--{field.name}" for field in dataclasses.fields(Sizes)} | {"--dtype", "--experts"}
+    # Read, not imported: there is no torch here.
+    tree = ast.parse(against.SCRIPT.read_text(encoding="utf-8"))
+    words = {
+        node.value.removeprefix("--")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert {name.removeprefix("--") for name in given} <= words
+
+
+@pytest.mark.parametrize("python", [None, "/nowhere/python"])
+def test_without_another_python_it_is_refused(python):
+    with pytest.raises(ConfigError, match=r"python=.*an environment with torch and transformers"):
+        train_step_against(Options(tiny.experiment(), quick=True, python=python))
