@@ -50,25 +50,19 @@ def main() -> None:
 
 def print_sample(session, tokens: int) -> None:
     """Prints a continuation of the prompt by the trained model."""
-    import jax
-
-    from sparse_lm.generate.sample import Sampling
-    from sparse_lm.generate.stream import generate
-    from sparse_lm.generate.text import TextStream
+    from sparse_lm.generate.complete import complete
     from sparse_lm.train.hosts import fetch, is_first
 
     model = fetch(session.outcome.model)  # off the mesh: one sequence cannot be shared
     if not is_first():
         return
-    text = TextStream(session.dataset.tokenizer)
-    prompt = session.dataset.tokenizer.encode(PROMPT.value)
+    tokenizer = session.dataset.tokenizer
     if model.config.position == "learned":
-        tokens = min(tokens, model.config.max_length - len(prompt))
-    steps = generate(model, [prompt], Sampling(0.8, top_p=0.95), tokens, jax.random.key(session.experiment.seed))
-    print(f"\nsample of {tokens} tokens (temperature 0.8, top_p 0.95):\n{PROMPT.value}", end="")
-    for step in steps:
-        print(text.push(step), end="", flush=True)
-    print(text.finish() + "\n")
+        tokens = min(tokens, model.config.max_length - len(tokenizer.encode(PROMPT.value)))
+    print(f"\nsample of up to {tokens} tokens (temperature 0.8, top_p 0.95):")
+    for piece in complete(model, tokenizer, PROMPT.value, tokens, seed=session.experiment.seed):
+        print(piece, end="", flush=True)
+    print("\n")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from sparse_lm.config import ConfigError
 from sparse_lm.nn.attend.chunked import chunked
 from sparse_lm.nn.attend.kernels import CUDNN_WIDTHS, cudnn, splash, splash_block
 from sparse_lm.nn.attend.reference import reference
-from sparse_lm.nn.attend.shards import per_shard, platform
+from sparse_lm.nn.attend.shards import per_shard
 from sparse_lm.nn.attend.sight import Sight
-from sparse_lm.sharding import Rules
+from sparse_lm.sharding import Rules, platform
 
 Implementation = Literal["auto", "reference", "chunked", "splash", "cudnn"]
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}

@@ -1,4 +1,4 @@
-"""Attention on every device's own rows and heads, and what kind of device that is."""
+"""Attention on every device's own rows, heads and queries."""
 
 from __future__ import annotations
 
@@ -39,11 +39,3 @@ def per_shard(body: Callable, operands: tuple, sight: Sight, rules: Rules, check
     sight = jax.tree.map(lambda x: rules.constrain(x, "B."), sight)  # places are made without a layout
     in_specs = (specs, jax.tree.map(lambda _: rules.act("B."), sight))
     return jax.shard_map(local, in_specs=in_specs, out_specs=specs[0], check_vma=checked)(operands, sight)
-
-
-def platform() -> str:
-    """What the program is for: `cpu`, `gpu` or `tpu`. A mesh may be of devices that are only described."""
-    mesh = jax.sharding.get_abstract_mesh()
-    found = None if mesh.empty or mesh.abstract_device is None else mesh.abstract_device.platform
-    found = found or jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
