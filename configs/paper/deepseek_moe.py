@@ -1,6 +1,6 @@
 """DeepSeekMoE (Dai et al. 2024, 2401.06066): fine-grained experts beside shared ones; 2.0B/0.3B and 16.4B/2.8B active.
 
-python experiments/plan.py --config=configs/paper/deepseek_moe.py:16b --topology=v5e:8x16
+python experiments/plan.py --config=configs/paper/deepseek_moe.py:16b --topology=v5p:4x4x4
 Optimizer and balance are the paper's; its rate falls in two steps (to 0.316 at 80 and at 90 %), here along a cosine.
 The width of an expert of 2B is ours: a quarter of a feed-forward layer of 8/3 of the model's width.
 """
@@ -15,7 +15,7 @@ from sparse_lm.moe.config import BalanceConfig, MoEConfig
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.train.config import MeshConfig, TrainConfig
 
-PUBLISHED = {"2b": ("2.0B", "0.3B", "v5e:4x4"), "16b": ("16.4B", "2.8B", "v5e:8x16")}  # total, active, slice
+PUBLISHED = {"2b": ("2.0B", "0.3B", "v5p:2x2x4"), "16b": ("16.4B", "2.8B", "v5p:4x4x4")}  # total, active, slice
 
 
 def get_config(variant: str = "16b") -> ConfigDict:
@@ -33,5 +33,6 @@ def get_config(variant: str = "16b") -> ConfigDict:
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full")
     optim = OptimConfig(learning_rate=1.08e-3 if small else 4.2e-4, warmup_steps=2000, beta2=0.95)
     train = TrainConfig(steps=25_000 if small else 106_449, batch_size=2048 if small else 4608, sample_tokens=0)
+    train = train.replace(accumulate=32 if small else 36)
     data, mesh = DataConfig(length=2048 if small else 4096), MeshConfig(data=1, fsdp=-1, expert=1 if small else 8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

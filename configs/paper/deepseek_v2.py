@@ -17,7 +17,7 @@ from sparse_lm.nn.config import HeadsConfig, LatentConfig
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.train.config import MeshConfig, TrainConfig
 
-PUBLISHED = {"v2": ("236B", "21B", "v5p:8x8x8"), "lite": ("15.7B", "2.4B", "v5e:8x16")}  # total, active, slice
+PUBLISHED = {"v2": ("236B", "21B", "v5p:8x8x8"), "lite": ("15.7B", "2.4B", "v5p:4x4x4")}  # total, active, slice
 
 
 def get_config(variant: str = "v2") -> ConfigDict:
@@ -35,6 +35,6 @@ def get_config(variant: str = "v2") -> ConfigDict:
     model = model.replace(heads=HeadsConfig(latent=LatentConfig(kv_rank=512, query_rank=None if lite else 1536)))
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", moe__dispatcher="ragged_all_to_all")
     optim = OptimConfig(learning_rate=4.2e-4 if lite else 2.4e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=300_000, batch_size=4608 if lite else 9216, accumulate=6, sample_tokens=0)
-    data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=8)
+    train = TrainConfig(steps=300_000, batch_size=4608 if lite else 9216, accumulate=72, sample_tokens=0)
+    data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=8, model=1 if lite else 4)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -17,8 +17,8 @@ from sparse_lm.optim.config import OptimConfig
 from sparse_lm.train.config import MeshConfig, TrainConfig
 
 PUBLISHED = {  # total, active, slice
-    "base": ("650M", "142M", "v5e:4x4"),
-    "8b": ("8.7B", "2.1B", "v5e:8x8"),
+    "base": ("650M", "142M", "v5p:2x2x4"),
+    "8b": ("8.7B", "2.1B", "v5p:4x4x4"),
     "34b": ("34B", "6.0B", "v5p:4x4x4"),
 }
 SIZES = {"base": (12, 768, 12, 64, 16, 4), "8b": (24, 2048, 24, 128, 32, 6), "34b": (32, 3072, 24, 128, 32, 4)}
@@ -33,6 +33,6 @@ def get_config(variant: str = "8b") -> ConfigDict:
     model = ModelConfig(vocab_size=256_384, num_layers=layers, d_model=width, num_heads=heads, head_dim=head_dim)
     model = model.replace(d_ff=4 * width, dtype="bfloat16", remat="full", moe=moe)
     optim = OptimConfig(name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000, weight_decay=0.0)
-    train = TrainConfig(steps=100_000 if variant == "34b" else 500_000, batch_size=2048, accumulate=4, sample_tokens=0)
+    train = TrainConfig(steps=100_000 if variant == "34b" else 500_000, batch_size=2048, accumulate=32, sample_tokens=0)
     data, mesh = DataConfig(length=2048), MeshConfig(data=1, fsdp=-1, expert=8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))
