@@ -3,7 +3,7 @@
 python experiments/bench.py --list
 python experiments/bench.py moe_layer --json=FILE  [--tokens=4096 --dtype=bfloat16 --activation=gelu --repeats=7]
 python experiments/bench.py train_step             [--config=configs/quickstart.py --config.model.moe.num_experts=64]
-python experiments/bench.py train_step --against=hf --python=OTHER/VENV/bin/python  [--batch=2 --repeats=5]
+python experiments/bench.py train_step --against=hf --python=OTHER/VENV/bin/python  [--batch=2 --dtype=bfloat16]
 python experiments/bench.py experts                [--tokens=4096 --dtype=bfloat16]
 
 Without a name all of them run with --quick: small sizes and few repeats, to see that they run. The name comes first.
@@ -28,7 +28,9 @@ JSON = flags.DEFINE_string(
 QUICK = flags.DEFINE_bool("quick", None, "Small sizes and few repeats; left out: when no name is given.")
 REPEATS = flags.DEFINE_integer("repeats", None, "Pairs of measurements; left out: the benchmark's own number.", 1)
 TOKENS = flags.DEFINE_integer("tokens", None, "moe_layer, experts: tokens in one call; left out: 4096.", 1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "moe_layer, experts: of the computation.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of moe_layer, experts, and train_step --against."
+)
 ACTIVATION = flags.DEFINE_enum("activation", "relu", ["relu", "gelu"], "moe_layer, experts: of the hidden layer.")
 AGAINST = flags.DEFINE_enum("against", None, ["hf"], "train_step: transformers' Mixtral; left out: the dense twin.")
 PYTHON = flags.DEFINE_string("python", None, "train_step --against: of an environment with torch and transformers.")

@@ -32,7 +32,6 @@ from sparse_lm.train.loop import TrainingError
 
 SCRIPT = Path(__file__).parent / "hf_mixtral.py"
 REPEATS, QUICK_REPEATS = 5, 1
-DTYPES = ("float32", "bfloat16")
 DISPATCHERS = ("dropless", "gather")
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies the weights of an expert for every token
 # By default torch's threads wait for each other in a loop, which on cores that others use too costs them whole time
@@ -119,7 +118,7 @@ class Remote:
 
 
 def train_step_against(options: Options) -> list[Comparison]:
-    """A row for each of `DTYPES` x `DISPATCHERS`: ours against the fastest of the other side's `IMPLEMENTATIONS`.
+    """A row for each of `DISPATCHERS`: ours against the fastest of the other side's `IMPLEMENTATIONS`.
 
     Both sides take the same number of useful FLOPs on the same number of tokens, with AdamW, clipped gradients, a
     load-balance loss and float32 weights; bfloat16 is that of the products. The peak is the larger one of the two
@@ -130,16 +129,14 @@ def train_step_against(options: Options) -> list[Comparison]:
     if options.batch is not None:
         sizes = dataclasses.replace(sizes, batch=options.batch)
     repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
-    rows = []
-    for dtype in DTYPES:
-        name, others = fastest(options.python, sizes, dtype)
-        with Remote(command_of(options.python, sizes, dtype, name)) as remote:
-            peaks = [matmul_peak(dtype), remote.ask("peak")["peak"]]
-            label = f"transformers {remote.ready['transformers']} {name}{others}"
-            found = [_compare(sizes, dtype, dispatcher, (remote, label), repeats) for dispatcher in DISPATCHERS]
-            peak = max(*peaks, matmul_peak(dtype), remote.ask("peak")["peak"])
-        rows += [dataclasses.replace(row, peak=peak) for row in found]
-    return rows
+    dtype = options.dtype
+    name, others = fastest(options.python, sizes, dtype)
+    with Remote(command_of(options.python, sizes, dtype, name)) as remote:
+        peaks = [matmul_peak(dtype), remote.ask("peak")["peak"]]
+        label = f"transformers {remote.ready['transformers']} {name}{others}"
+        rows = [_compare(sizes, dtype, dispatcher, (remote, label), repeats) for dispatcher in DISPATCHERS]
+        peak = max(*peaks, matmul_peak(dtype), remote.ask("peak")["peak"])
+    return [dataclasses.replace(row, peak=peak) for row in rows]
 
 
 def fastest(python: str | None, sizes: Sizes, dtype: str) -> tuple[str, str]:
