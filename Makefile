@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev train test test-all lint format results bench notebooks clean distclean
+.PHONY: help install dev train test test-all lint format results bench plan-all notebooks clean distclean
 
 test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
@@ -46,6 +46,9 @@ results: $(VENV)/.installed  ## run what is missing of all toy studies (hours), 
 
 bench: $(VENV)/.installed  ## measure, on this machine
 	$(BIN)/python experiments/bench.py $(ARGS)
+
+plan-all: $(VENV)/.installed  ## table of all published models: parameters, and estimated bytes on their slices
+	$(BIN)/python experiments/plan_all.py $(ARGS)
 
 notebooks: $(VENV)/.installed-dev  ## sync colab/*.ipynb with the Python files beside them, then run them all
 	cd colab && $(abspath $(BIN))/jupytext --quiet --sync *.py

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -216,9 +217,13 @@ def plan_topology(experiment: Experiment, name: str, compile_step: bool = True) 
                 "mesh", sizes, f"an axis is not a product of sides of {topology.name}; choose others ({error})"
             ) from error
         return make_plan(experiment, mesh, chip=topology.chip)
-    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
-    plan = make_plan(experiment, mesh, compile_step=False, chip=topology.chip)
+    plan = make_plan(experiment, abstract_mesh(sizes), compile_step=False, chip=topology.chip)
     return dataclasses.replace(plan, compiled=missing if compile_step else None)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices, with these sizes of the axes."""
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def make_plan(
@@ -281,7 +286,12 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules) -> CompiledStep | OutOfMemory:
+def trace_step(experiment: Experiment, state: TrainState, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> Any:
+    """The train step of a resolved experiment, traced (`jax.stages.Traced`); its `lower` makes the program.
+
+    state: see `abstract_state`; call under the same mesh. On an abstract mesh, of no devices,
+    `lower(lowering_platforms=("tpu",))` still works, and compiling does not.
+    """
     train = experiment.train
     shape = (train.batch_size, experiment.data.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, rules.act("B.")))
@@ -289,8 +299,12 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules
     # Domains of a text are known only once it is read. They change a few sums of the metrics and nothing else.
     domains = experiment.data.grammar.num_domains if experiment.data.source == "grammar" else 1
     step = cast(Any, make_train_step(build_optimizer(experiment.optim, train.steps), train.accumulate, domains))
+    return step.trace(state, batch, _abstract_key())
+
+
+def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules) -> CompiledStep | OutOfMemory:
     start = time.perf_counter()
-    lowered = step.lower(state, batch, _abstract_key())
+    lowered = trace_step(experiment, state, mesh, rules).lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
