@@ -23,6 +23,7 @@ from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.describe import binary, describe
 from sparse_lm.planning.plan import (
+    abstract_mesh,
     abstract_state,
     device_bytes,
     make_plan,
@@ -176,7 +177,7 @@ def test_without_compiling_there_is_nothing_of_it():
 def test_the_json_has_every_number(exchanging):
     plan, _ = exchanging
     back = json.loads(json.dumps(plan.to_json()))
-    assert back["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "model": 1}
+    assert back["mesh"] == {"replica": 1, "data": 1, "fsdp": 2, "expert": 4, "context": 1, "model": 1}
     assert back["state"] == dataclasses.asdict(plan.state)
     assert back["parts"] == [dataclasses.asdict(part) for part in plan.parts]
     assert (back["peak"], back["source"]) == (plan.compiled.peak, "compiled")
@@ -254,8 +255,7 @@ def test_what_a_compiler_says_it_needs(message, needed):
 
 def test_a_mesh_of_no_devices_can_be_planned_but_for_compiling():
     config = experiment(mesh__fsdp=2, mesh__expert=4, mesh__data=1)
-    axes = (jax.sharding.AxisType.Explicit,) * len(MESH_AXES)
-    mesh = jax.sharding.AbstractMesh((1, 2, 4, 1), MESH_AXES, axis_types=axes)
+    mesh = abstract_mesh(dict(zip(MESH_AXES, (1, 1, 2, 4, 1, 1), strict=True)))
     abstract, real = make_plan(config, mesh, compile_step=False), plan_here(config, compile_step=False)
     assert (abstract.state, abstract.estimate, abstract.mesh) == (real.state, real.estimate, real.mesh)
 
