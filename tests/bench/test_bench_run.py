@@ -43,7 +43,9 @@ def test_the_step_is_timed_against_what_the_options_name(monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_the_closest():
-    with pytest.raises(ConfigError, match=r"benchmark='moe_layers': did you mean 'moe_layer'\? known: experts, moe_layer, "):
+    with pytest.raises(
+        ConfigError, match=r"benchmark='moe_layers': did you mean 'moe_layer'\? known: experts, moe_layer, "
+    ):
         run_benchmark("moe_layers", OPTIONS)
 
 
