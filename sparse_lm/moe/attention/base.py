@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from sparse_lm.nn.attend import Sight
 from sparse_lm.nn.cache import KeyValues
 from sparse_lm.nn.heads import AttentionShape
 from sparse_lm.sharding import Rules
+
+Tree = TypeVar("Tree")
 
 
 @pytree_dataclass
@@ -104,12 +107,17 @@ class AttentionExperts(Config, abc.ABC):
         return tuple(map(str, range(self.num_experts)))
 
 
+def as_groups(tree: Tree, rules: Rules) -> Tree:
+    """Arrays over [B, L, ...] laid out as groups of one row each, which are whole where rows are cut."""
+    return jax.tree.map(lambda leaf: rules.constrain(leaf, "GS" + "." * (leaf.ndim - 2)), tree)
+
+
 def attention_stats(decision: TokenChoice, scores: Scores, inputs: AttentionInputs, rules: Rules) -> LayerStats:
     """Statistics of a layer in which every row is a group and nothing is dropped."""
-    real_BL = inputs.real_BL
+    counted, scores, real_GS = as_groups((decision, scores, inputs.real_BL), rules)
     return LayerStats(
-        router_stats(decision, scores, real_BL, real_BL.shape[1], rules),
-        dispatch_stats(decision, decision.expert_GSK >= 0, real_BL),
+        router_stats(counted, scores, real_GS, real_GS.shape[1], rules),
+        dispatch_stats(counted, counted.expert_GSK >= 0, real_GS),
         decision if inputs.record else None,
     )
 

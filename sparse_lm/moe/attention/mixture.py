@@ -14,6 +14,7 @@ from sparse_lm.moe.attention.base import (
     AttentionExperts,
     AttentionShape,
     ExpertAttention,
+    as_groups,
     attention_stats,
     merge,
     whole_experts,
@@ -123,9 +124,10 @@ class MixtureAttention(ExpertAttention):
         # Nothing is dropped, so that every expert has room for a whole row.
         room = inputs.real_BL.shape[1]
         asked = RouterInputs(x_BLD, inputs.real_BL, inputs.ids_BL, room, inputs.previous_BL)
-        decision, scores = self.router(asked, router_key)
-        chosen_BLKE = jax.nn.one_hot(decision.expert_GSK, self.config.num_experts, dtype=jnp.float32)
-        gate_BLK = self._gates(decision.gate_GSK)
+        decision, scores = self.router(as_groups(asked, rules), router_key)
+        expert_BLK = rules.constrain(decision.expert_GSK, "BL.")
+        chosen_BLKE = jax.nn.one_hot(expert_BLK, self.config.num_experts, dtype=jnp.float32)
+        gate_BLK = self._gates(rules.constrain(decision.gate_GSK, "BL."))
 
         all_BLEHI = rules.einsum("BLD,EDHI->BLEHI", x_BLD, whole_experts(rules, self.query_EDHI[...], "EDHI", dtype))
         query_BLHKI = merge(chosen_BLKE, all_BLEHI, "BLKE,BLEHI->BLHKI", rules)
