@@ -140,14 +140,16 @@ class Rules:
         shard_map = jax.shard_map(body, in_specs=specs, out_specs=first, check_vma=checked)
         return shard_map(parameters, activations, replicated)
 
-    def per_group(self, body: Callable, *arrays: jax.Array):
+    def per_group(self, body: Callable, *arrays: jax.Array, axis: str = "G"):
         """`body(*arrays)` on every device's own groups: for sorts and loops along S, which are not typed on cut arrays.
 
-        arrays, and the results, are cut along their first axis, as G is. Without a mesh it is a plain call.
+        arrays, and the results, are cut along their first axis alone, which is `axis`: G, or B for whole rows. Without
+        a mesh it is a plain call.
         """
         if not explicit_mesh():
             return body(*arrays)
-        first = self.act("G")
+        first = self.act(axis)
+        arrays = tuple(self.constrain(x, axis + "." * (x.ndim - 1)) for x in arrays)
         return jax.shard_map(body, in_specs=first, out_specs=first)(*arrays)
 
     def per_shard(self, body: Callable, arrays: Sequence[jax.Array], letters: Sequence[str], out: str):

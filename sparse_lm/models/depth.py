@@ -13,6 +13,7 @@ All of the router's and the predictor's arithmetic is float32. Ties go to the ea
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,7 @@ class Depth(nnx.Module):
             lambda weight, real: choose(weight, real, self.options.slots(weight.shape[1])),
             jax.lax.stop_gradient(weight_BL),
             context.real_BL,
+            axis="B",
         )
         if key is None:
             x_BLD, reports, _ = self._evaluate(x_BLD, weight_BL, says_BL, context, None)
@@ -85,16 +87,17 @@ class Depth(nnx.Module):
 
     def _train(self, x_BLD, weight_BL, index_BC, context: Context, key):
         """The chosen tokens alone, in the order in which they stand in the row."""
-        per_group = self.rules.per_group
+        per_row = functools.partial(self.rules.per_group, axis="B")
         # A row with fewer than C real tokens fills up with padding.
-        inner = {name: per_group(take, value, index_BC) for name, value in vars(context).items() if _per_token(value)}
-        sight = jax.tree.map(lambda value: per_group(take, self.rules.constrain(value, "BL"), index_BC), context.sight)
+        inner = {name: per_row(take, value, index_BC) for name, value in vars(context).items() if _per_token(value)}
+        sight = jax.tree.map(lambda value: per_row(take, value, index_BC), context.sight)
         inner["sight"] = dataclasses.replace(sight, layout="subset")
         inner_context = dataclasses.replace(context, **inner)
-        x_BCD, weight_BC = per_group(take, x_BLD, index_BC), per_group(take, weight_BL, index_BC)
+        x_BCD = self.rules.constrain(per_row(take, x_BLD, index_BC), "BLD")
+        weight_BC = per_row(take, weight_BL, index_BC)
         y_BCD, reports, _ = self.block(x_BCD, inner_context, key)
         change_BCD = _change(x_BCD, y_BCD, weight_BC, inner_context.real_BL)
-        return per_group(add_at, x_BLD, change_BCD, index_BC), reports
+        return self.rules.constrain(per_row(add_at, x_BLD, change_BCD, index_BC), "BLD"), reports
 
     def _evaluate(self, x_BLD, weight_BL, says_BL, context: Context, cache: DepthCache | None):
         """All tokens, of which those that do not take part are keys for none and padding for the experts."""

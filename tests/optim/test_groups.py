@@ -47,7 +47,7 @@ def test_letters(name, axes):
     assert letters(_path(name)) == axes
 
 
-@pytest.mark.parametrize("name", ["kernel", "up_DQ", "up_", "_D", "up_edf"])
+@pytest.mark.parametrize("name", ["kernel", "up_DZ", "up_", "_D", "up_edf"])
 def test_letters_refuses_names_that_do_not_say_their_axes(name):
     with pytest.raises(ValueError, match=rf"parameter '{name}' does not say its axes; end its name.*known: B, L"):
         letters(_path(name))
