@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from sparse_lm.config import ConfigError
 from sparse_lm.study.plan import Plan
-from sparse_lm.study.runner import Shard, on_signals
+from sparse_lm.study.runner import Shard
+from sparse_lm.train.signals import on_signals
 
 POLL_SECONDS = 0.2
 

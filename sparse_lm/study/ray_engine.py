@@ -12,8 +12,9 @@ import jax
 from sparse_lm.config import ConfigError
 from sparse_lm.study.evaluation import evaluate_run
 from sparse_lm.study.plan import Plan, Run
-from sparse_lm.study.runner import Evaluate, Ran, Shard, Tally, Train, on_signals, run_one, state_of
+from sparse_lm.study.runner import Evaluate, Ran, Shard, Tally, Train, run_one, state_of
 from sparse_lm.train.session import train
+from sparse_lm.train.signals import on_signals
 
 # What the caller has decided about JAX goes for the tasks as well.
 SETTINGS = (

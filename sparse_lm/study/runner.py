@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -28,6 +26,7 @@ from sparse_lm.telemetry.format import duration
 from sparse_lm.telemetry.sinks import METRICS_NAME, replace_file
 from sparse_lm.train.loop import TrainingError
 from sparse_lm.train.session import train
+from sparse_lm.train.signals import on_signals
 
 RUNS_NAME, FAILURE_NAME, LOG_NAME = "runs", "failure.json", "train.log"
 State = Literal["finished", "failed", "started", "waiting"]
@@ -235,20 +234,6 @@ def _record(path: Path, content: dict[str, object]) -> None:
 def _interrupt(number: int, _: object) -> None:
     """Between trainings, which have handlers of their own, the first signal ends the study at once."""
     raise Interrupted(number)
-
-
-@contextmanager
-def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C go to `handler` meanwhile; nowhere but in the main thread, as in a notebook's worker."""
-    try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:
-        before = {}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def keep_programs(directory: Path) -> None:

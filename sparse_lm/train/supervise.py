@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from sparse_lm.train.run import CHECKPOINTS_NAME
+from sparse_lm.train.signals import on_signals
 
 REFUSED = 2  # the status of an error that a restart would meet again
 LONGEST_PAUSE = 60.0
@@ -50,8 +50,7 @@ def supervise(
         stream.write(f"supervisor: {text}\n")
         stream.flush()
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with on_signals(forward):
         newest, tried = newest_checkpoint(workdir), 0
         while True:
             # In a session of its own, so that Ctrl-C reaches it once: through us.
@@ -77,9 +76,6 @@ def supervise(
                 time.sleep(POLL_SECONDS)
             if asked:
                 return 128 + asked[-1]
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def _wait(process: subprocess.Popen) -> int:

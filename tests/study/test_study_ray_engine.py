@@ -20,9 +20,10 @@ from ray.cluster_utils import Cluster as LocalCluster
 from sparse_lm.config import ConfigError
 from sparse_lm.study import ray_engine
 from sparse_lm.study.ray_engine import Cluster, run_on_ray
-from sparse_lm.study.runner import Shard, failure_of, on_signals, run_dir, state_of
+from sparse_lm.study.runner import Shard, failure_of, run_dir, state_of
 from sparse_lm.study.study import Variant
 from sparse_lm.train.loop import TrainingError
+from sparse_lm.train.signals import on_signals
 
 AGAIN = {"four": Variant(), "same": Variant(evaluates="four")}
 
