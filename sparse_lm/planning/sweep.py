@@ -18,6 +18,7 @@ from sparse_lm.experiment import Experiment
 from sparse_lm.planning.plan import CompiledStep, OutOfMemory, Plan
 from sparse_lm.telemetry.axes import Axis
 from sparse_lm.telemetry.colors import SERIES
+from sparse_lm.telemetry.format import markdown_table
 from sparse_lm.telemetry.svg import Reference, Series, Size, line_chart
 
 TOPOLOGY = "topology"
@@ -126,8 +127,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
     head = [*(key.rpartition(".")[2] if key.startswith("model.") else key for key in _keys(rows)), *COLUMNS]
     body = [[*map(str, row.setting.values()), *row.cells()] for row in rows]
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in line] for line in body)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(head, [[cell.replace("|", "/") for cell in line] for line in body]) + "\n"
 
 
 def to_svg(rows: Sequence[Row]) -> str:

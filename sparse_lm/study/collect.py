@@ -19,11 +19,11 @@ from sparse_lm.study.measures import MEASURES
 from sparse_lm.study.page import PLOTS_NAME, plot_name
 from sparse_lm.study.plan import Plan
 from sparse_lm.study.record import Record
-from sparse_lm.study.results import RESULTS_NAME, TABLE_NAME, markdown_table, plus_minus
+from sparse_lm.study.results import RESULTS_NAME, TABLE_NAME, plus_minus
 from sparse_lm.study.runner import folder_name, state_of
 from sparse_lm.study.stats import Summary
 from sparse_lm.study.study import SCALES
-from sparse_lm.telemetry.format import duration
+from sparse_lm.telemetry.format import duration, markdown_table
 from sparse_lm.telemetry.sinks import replace_file
 
 PAGE_NAME, PICTURES_NAME = "results.md", "results"

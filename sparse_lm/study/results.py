@@ -16,6 +16,7 @@ from sparse_lm.study.plan import Plan
 from sparse_lm.study.record import Record, record
 from sparse_lm.study.runner import State, failure_of, run_dir, state_of
 from sparse_lm.study.study import BASELINE
+from sparse_lm.telemetry.format import markdown_table
 from sparse_lm.telemetry.sinks import plain, replace_file
 
 RESULTS_NAME, TABLE_NAME = "results.json", "table.md"
@@ -278,15 +279,6 @@ def to_markdown(results: Results) -> str:
     parts += [study.notes] if study.notes else []
     parts += [f"    {results.command}"] if results.command else []
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table as Markdown; bars in cells are escaped."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
 
 
 def write_results(results: Results, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 MISSING = "-"
@@ -63,3 +64,12 @@ def percent(share: float | None, digits: int = 2) -> str:
 def grouped(value: float | None) -> str:
     """A whole number with commas between thousands: 1234567 is 1,234,567. None is a dash."""
     return MISSING if value is None else f"{round(value):,}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown, without a line break at its end; bars in cells are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_lm.telemetry.format import MISSING, compact, duration, grouped, percent
+from sparse_lm.telemetry.format import MISSING, compact, duration, grouped, markdown_table, percent
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,8 @@ def test_percent_and_grouped():
     assert (percent(0.0123), percent(0), percent(1), percent(None)) == ("1.2%", "0%", "100%", MISSING)
     assert percent(0.41234, digits=3) == "41.2%"
     assert (grouped(1234567), grouped(12.6), grouped(None)) == ("1,234,567", "13", MISSING)
+
+
+def test_a_table_in_markdown_has_its_bars_escaped():
+    table = markdown_table(["a", "b"], [["1", "x|y"], ("2", "")])
+    assert table == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n| 2 |  |"
