@@ -21,11 +21,12 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "model")
 BATCH_AXES = ("replica", "data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
+_EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
@@ -63,13 +64,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
-    kinds = (AxisType.Explicit,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+        return jax.make_mesh(shape, MESH_AXES, axis_types=_EXPLICIT, devices=devices)
     outer = across_slices(shape, slices)
     inner = tuple(size // out for size, out in zip(shape, outer, strict=True))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=kinds)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=_EXPLICIT)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices, with these sizes of the axes, all of which are named in order."""
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=_EXPLICIT)
 
 
 def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:

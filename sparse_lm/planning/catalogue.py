@@ -10,9 +10,11 @@ import jax
 
 from sparse_lm.config import ConfigError, python_file
 from sparse_lm.experiment import Experiment, load_experiment
+from sparse_lm.mesh import abstract_mesh
 from sparse_lm.models.counts import count
 from sparse_lm.planning.chips import parse_topology
-from sparse_lm.planning.plan import Plan, abstract_mesh, abstract_state, plan_topology, resolve, trace_step
+from sparse_lm.planning.plan import Plan, abstract_state, plan_topology, resolve, trace_step
+from sparse_lm.telemetry.format import markdown_table
 
 COLUMNS = ("configuration", "total", "published", "active", "without input table", "published", "slice")
 NEEDS = ("mesh", "GB per device, estimated", "fits")
@@ -82,12 +84,12 @@ def catalogue(folder: Path) -> list[Entry]:
 
 def to_markdown(entries: Sequence[Entry]) -> str:
     """The table as Markdown: counts beside the published ones, and estimates for each slice."""
-    lines = [(*COLUMNS, *NEEDS), ("---",) * (len(COLUMNS) + len(NEEDS))]
+    lines = []
     for entry in entries:
         plan = entry.plan()
         mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
         lines.append((*entry.cells(), mesh or "1", f"{plan.peak / 1e9:.1f}", "yes" if plan.fits else "no"))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table((*COLUMNS, *NEEDS), lines) + "\n"
 
 
 def short(number: int) -> str:

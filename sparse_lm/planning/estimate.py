@@ -92,8 +92,7 @@ class _Sizes:
         gathered = layer / model.num_layers * element / cut
         if model.moe is not None:
             gathered /= mesh["expert"] if model.moe.dispatcher in _MOVING else 1
-        chunk = getattr(model, "loss_chunk", None)
-        logits = 2 * 4 * min(tokens, chunk or tokens) * (model.vocab_size or 0) / cut
+        logits = 2 * 4 * min(tokens, model.loss_chunk or tokens) * (model.vocab_size or 0) / cut
         flops = _flops(experiment, experts)
         return cls(tokens, element * model.d_model, inside, products, gathered, logits, flops)
 
@@ -117,7 +116,7 @@ def _moves(experiment: Experiment, mesh: Mapping[str, int], sizes: _Sizes, repea
     """Weights gathered and their gradients scattered over fsdp, gradients summed over data, slots exchanged."""
     model, layers = experiment.model, experiment.model.num_layers
     forward = 1 if model.remat == "none" else 2
-    found, table = [], 0.0
+    found = []
     element = 2 if model.dtype == "bfloat16" else 4
     counts = count(model)
     table = (counts.embedding.total + counts.unembedding.total) * element / mesh["model"]

@@ -12,18 +12,17 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from sparse_lm.batch import Batch
 from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment, resolved
-from sparse_lm.mesh import MESH_AXES, make_mesh
+from sparse_lm.mesh import abstract_mesh, make_mesh
 from sparse_lm.models.counts import count
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.chips import Chip, cannot_compile, chip_of, described_devices, parse_topology
@@ -219,11 +218,6 @@ def plan_topology(experiment: Experiment, name: str, compile_step: bool = True) 
         return make_plan(experiment, mesh, chip=topology.chip)
     plan = make_plan(experiment, abstract_mesh(sizes), compile_step=False, chip=topology.chip)
     return dataclasses.replace(plan, compiled=missing if compile_step else None)
-
-
-def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh of no devices, with these sizes of the axes."""
-    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def make_plan(

@@ -18,12 +18,11 @@ from flax import nnx
 
 from sparse_lm.config import ConfigError
 from sparse_lm.data.config import DataConfig
-from sparse_lm.mesh import MESH_AXES, make_mesh
+from sparse_lm.mesh import MESH_AXES, abstract_mesh, make_mesh
 from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.describe import binary, describe
 from sparse_lm.planning.plan import (
-    abstract_mesh,
     abstract_state,
     device_bytes,
     make_plan,
