@@ -192,6 +192,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
+def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their whole names, such as model.moe.top_k."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, item in tree.items()
+        for key, value in dotted(item, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
     """The tree as a `ConfigDict` for `config_flags`; an option that is off keeps its type, so that flags can set it."""
     out = config_dict.ConfigDict()

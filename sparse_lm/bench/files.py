@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparse_lm.bench.harness import Drawn, Report
-from sparse_lm.config import ConfigError
+from sparse_lm.config import ConfigError, dotted
 from sparse_lm.telemetry.axes import Axis, make_scale
 from sparse_lm.telemetry.colors import SERIES
 from sparse_lm.telemetry.format import compact
@@ -44,7 +43,7 @@ def to_csv(report: Report) -> str:
     """Every number of every row, what is nested as `name.part`; then machine, load and date, the same in each line."""
     here = report.machine
     where = {"cpu": here.cpu, "cores": here.cores, "load": here.load, "device": here.device_kind, "date": report.date}
-    lines = [{"benchmark": report.name, **_flat(row.to_json()), **where} for row in report.rows]
+    lines = [{"benchmark": report.name, **dotted(row.to_json()), **where} for row in report.rows]
     names = list(dict.fromkeys(name for line in lines for name in line))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
@@ -103,11 +102,3 @@ def bars(drawn: Sequence[Drawn], title: str) -> str:
             body.append(text(end + 5, at + 10, compact(value)))
     body.append(x_axis(frame, scale, Axis(drawn[0].unit)))
     return root(size, title, "".join(body))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `name.part`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

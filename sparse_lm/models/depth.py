@@ -28,6 +28,7 @@ from sparse_lm.moe.types import pytree_dataclass
 from sparse_lm.nn.cache import AttentionCache
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.nn.mlp import Mlp
+from sparse_lm.nn.norm import unit_mean_square
 from sparse_lm.sharding import Rules
 
 
@@ -124,7 +125,7 @@ class Predictor(nnx.Module):
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L"]:
         """Logits in float32."""
         rules, x_BLD = self.rules, x_BLD.astype(jnp.float32)
-        x_BLD = x_BLD * jax.lax.rsqrt(jnp.mean(jnp.square(x_BLD), axis=-1, keepdims=True) + 1e-6)
+        x_BLD = unit_mean_square(x_BLD, eps=1e-6)
         hidden_BLF = rules.einsum("BLD,DF->BLF", x_BLD, rules.gather(self.up_DF[...], "DF"))
         hidden_BLF = jax.nn.relu(hidden_BLF + rules.gather(self.bias_F[...], "F"))
         return rules.einsum("BLF,F->BL", hidden_BLF, rules.gather(self.down_F[...], "F"))

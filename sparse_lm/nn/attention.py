@@ -12,6 +12,7 @@ from sparse_lm.nn.cache import KeyValues
 from sparse_lm.nn.dropout import dropout, split_keys
 from sparse_lm.nn.heads import AttentionShape
 from sparse_lm.nn.init import fan_in_normal
+from sparse_lm.nn.norm import unit_mean_square
 from sparse_lm.sharding import Rules
 
 
@@ -94,6 +95,5 @@ class Attention(nnx.Module):
 
 def _normalised(x: jax.Array, axes: int | tuple[int, ...], eps: float, scale: jax.Array | None = None) -> jax.Array:
     """RMSNorm over some axes, in float32."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
+    y = unit_mean_square(x.astype(jnp.float32), eps, axes)
     return (y if scale is None else y * scale).astype(x.dtype)

@@ -10,6 +10,11 @@ from jaxtyping import Array, Float
 from sparse_lm.sharding import Rules
 
 
+def unit_mean_square(x: Float[Array, "..."], eps: float, axes: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
+    """`x` over the root of its mean square along `axes`: what an RMSNorm scales."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps)
+
+
 class Norm(nnx.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the model width, computed in float32.
 
@@ -26,8 +31,7 @@ class Norm(nnx.Module):
         x = x_BLD.astype(jnp.float32)
         if self.kind != "rmsnorm":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = x * self.rules.whole(self.scale_D[...])
+        x = unit_mean_square(x, self.eps) * self.rules.whole(self.scale_D[...])
         if self.bias_D is not None:
             x = x + self.rules.whole(self.bias_D[...])
         return x.astype(x_BLD.dtype)

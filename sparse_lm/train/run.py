@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from sparse_lm.config import ConfigError, from_dict, to_dict
+from sparse_lm.config import ConfigError, dotted, from_dict, to_dict
 from sparse_lm.data.loader import Dataset
 from sparse_lm.experiment import Experiment
 from sparse_lm.telemetry.machine import cpu_cores, cpu_model
@@ -95,7 +95,7 @@ def read_info(workdir: Path) -> RunInfo | None:
 
 def check_resumable(stored: RunInfo, experiment: Experiment, fingerprint: str) -> None:
     """Raises `ConfigError` when the run in the directory is another one, naming the key and both values."""
-    before, now = _flat(to_dict(stored.experiment)), _flat(to_dict(experiment))
+    before, now = dotted(to_dict(stored.experiment)), dotted(to_dict(experiment))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not any(key == r or key.startswith(r + ".") for r in RESUMABLE):
             raise ConfigError(
@@ -110,16 +110,6 @@ def check_resumable(stored: RunInfo, experiment: Experiment, fingerprint: str) -
             f"the data have changed since the run in this workdir began (fingerprint {stored.fingerprint[:12]}, now "
             f"{fingerprint[:12]}; for stdlib: another Python or other packages); choose another --workdir",
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, item in tree.items()
-        for key, value in _flat(item, f"{prefix}.{name}" if prefix else name).items()
-    }
 
 
 def _version(package: str) -> str | None:

@@ -23,8 +23,9 @@ class Dropless(Dispatcher):
     def local(self, experts, x_GSD, decision, ids_GS, key):
         """See `Dispatcher.local`."""
         num_experts = experts.num_experts
-        layout = self.kernel.layout(loads(decision, num_experts), decision.expert_GSK.size)
-        routes = sorted_routes(decision, num_experts, layout.first_row_E, layout.rows)
+        count_E = loads(decision, num_experts)
+        layout = self.kernel.layout(count_E, decision.expert_GSK.size)
+        routes = sorted_routes(decision, count_E, layout.first_row_E, layout.rows)
         ids_R = None
         if key is not None and experts.dropout_rate > 0:
             ids_R = routes.ids(ids_GS)[0] * num_experts + layout.expert_R
@@ -38,12 +39,11 @@ def loads(decision: TokenChoice, num_experts: int) -> Int[Array, "E"]:
     return jnp.sum(expert_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
 
 
-def sorted_routes(decision: TokenChoice, num_experts: int, first_row_E: Int[Array, "E"], rows: int) -> Routes:
-    """Every assignment in one of R rows: those of an expert by token, from the expert's first row on."""
+def sorted_routes(decision: TokenChoice, count_E: Int[Array, "E"], first_row_E: Int[Array, "E"], rows: int) -> Routes:
+    """Every assignment in one of R rows: those of an expert by token, from its first row on. count_E: see `loads`."""
     groups, size, top_k = decision.expert_GSK.shape
-    tokens = groups * size
+    tokens, num_experts = groups * size, count_E.shape[0]
     expert_A = jnp.where(decision.expert_GSK < 0, num_experts, decision.expert_GSK).reshape(-1)
-    count_E = loads(decision, num_experts)
     start_E = jnp.cumsum(count_E) - count_E
     order_A = jnp.argsort(expert_A, stable=True)
     rank_A = jnp.zeros_like(expert_A).at[order_A].set(jnp.arange(tokens * top_k, dtype=jnp.int32))

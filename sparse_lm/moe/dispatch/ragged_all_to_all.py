@@ -30,7 +30,7 @@ class RaggedAllToAll(Dispatcher):
         """See `Dispatcher.local`."""
         num_experts, kernel = experts.num_experts, self.kernel
         count_E, rows = loads(decision, num_experts), decision.expert_GSK.size
-        routes = sorted_routes(decision, num_experts, jnp.cumsum(count_E) - count_E, rows)
+        routes = sorted_routes(decision, count_E, jnp.cumsum(count_E) - count_E, rows)
         traffic = Traffic.of(count_E)
         room = traffic.devices * rows
         layout = kernel.layout(jnp.sum(traffic.arriving_NE, axis=0), room)
