@@ -33,7 +33,7 @@ def test_exact_points_give_the_published_coefficients_back(name):
     assert found.resamples == () and found.intervals == {}
 
 
-# Not of the law of Abnar et al., whose ten coefficients one drawing need not hold all: docs/scaling.md has how often.
+# Not of the law of Abnar et al., whose ten coefficients one drawing need not hold all: docs/laws.md has how often.
 @pytest.mark.parametrize("kind", sorted(set(LAWS) - {"sparsity"}))
 def test_intervals_of_noisy_points_cover_the_published_coefficients(kind):
     law = PUBLISHED[kind]
