@@ -11,7 +11,7 @@ from sparse_lm.data.config import DataConfig
 from sparse_lm.mesh import BATCH_AXES, MESH_AXES, mesh_shape
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.optim.config import OptimConfig
-from sparse_lm.train.config import CheckpointConfig, MeshConfig, TrainConfig
+from sparse_lm.train.config import CheckpointConfig, MeshConfig, ShardingConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Experiment(Config):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def check(self) -> None:
@@ -80,7 +81,6 @@ class Experiment(Config):
         model, moe = self.model, self.model.moe
         cuts = [
             ("data.length", self.data.length, "context"),
-            ("model.d_model", model.d_model, "fsdp"),
             ("model.num_heads", model.num_heads, "model"),
             ("model.num_kv_heads", model.kv_heads, "model"),
             ("model.d_ff", model.d_ff, "model"),
@@ -96,9 +96,11 @@ class Experiment(Config):
             cuts.append(("model.attention.num_experts", model.attention.num_experts, "expert"))
         if model.depth is not None and model.depth.predictor == "mlp":
             cuts.append(("model.depth.hidden", model.depth.hidden, "model"))
-        for key, value, axis in cuts:
-            if value % sizes[axis]:
-                raise ConfigError(key, value, f"must be a multiple of mesh.{axis}={sizes[axis]}, or change the mesh")
+        stored = (*self.sharding.rules.stored, *self.sharding.rules.dense)
+        for key, value, *axes in (*cuts, ("model.d_model", model.d_model, *stored)):
+            if value % math.prod(sizes[axis] for axis in axes):
+                ways = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
+                raise ConfigError(key, value, f"must be a multiple of {ways}, or change the mesh")
         return sizes
 
     def _check_batch(self, sizes: dict[str, int]) -> None:

@@ -18,26 +18,42 @@ from sparse_lm.dims import LETTERS
 from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES
 
 Axes = str | tuple[str, ...] | None
+STORED = "DPQ"  # where storage cuts: the model's width, else (in latent attention) that of the latents
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Maps logical axes (letters of `sparse_lm.dims`) to mesh axes, for activations and for stored parameters.
+    """Maps logical axes (letters of `sparse_lm.dims`) to mesh axes, for activations, parameters and optimizer state.
 
-    A pair is (letter, mesh axis or axes). Letters that are absent are not cut. Raises `ValueError` on an unknown
-    letter or mesh axis, and when one array would use a mesh axis twice.
+    A pair is (letter, mesh axis or axes). Letters that are absent are not cut.
+
+    activations: of what a layer computes. parameters: of weights while they are used (experts, tensor parallelism).
+    stored: mesh axes that cut a weight only until it is used, when they are all-gathered (FSDP); along the first of
+    the letters in `STORED` that the weight has. dense: the same, of weights without E alone. state: further such axes,
+    by which optimizer state alone is cut (ZeRO). Named values: `sparse_lm.rules`.
+
+    Raises `ValueError` on an unknown letter or mesh axis, and when one array would use a mesh axis twice.
     """
 
     activations: tuple[tuple[str, Axes], ...]
     parameters: tuple[tuple[str, Axes], ...]
+    stored: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for letter, axes in (*self.activations, *self.parameters):
+        tables = (*self.activations, *self.parameters)
+        for letter, _ in tables:
             if letter not in LETTERS:
                 raise ValueError(f"sharding rule for unknown axis {letter!r}; known: {', '.join(LETTERS)}")
-            for axis in _as_tuple(axes):
-                if axis not in MESH_AXES:
-                    raise ValueError(f"sharding rule {letter!r} -> unknown mesh axis {axis!r}; known: {MESH_AXES}")
+        for name, axes in (*tables, ("stored", self.stored), ("dense", self.dense), ("state", self.state)):
+            if unknown := set(_as_tuple(axes)) - set(MESH_AXES):
+                raise ValueError(f"sharding rule {name!r} -> unknown mesh axis {min(unknown)!r}; known: {MESH_AXES}")
+
+    @property
+    def for_state(self) -> Rules:
+        """The rules of optimizer state, whose leaves are named as the parameters' are."""
+        return dataclasses.replace(self, stored=(*self.stored, *self.state), state=())
 
     def act(self, letters: str, shape: Sequence[int] | None = None) -> PartitionSpec:
         """The partition of an activation with these axes; `.` stands for an axis that is never cut.
@@ -58,17 +74,21 @@ class Rules:
 
     def param(self, letters: str) -> PartitionSpec:
         """The partition of a stored parameter with these axes."""
-        return _spec(letters, dict(self.parameters))
+        table = dict(self.parameters)
+        place = next((letter for letter in STORED if letter in letters), None)
+        if place is not None:
+            stored = self.stored if "E" in letters else (*self.stored, *self.dense)
+            table[place] = (*_as_tuple(table.get(place)), *stored)
+        return _spec(letters, table)
 
     def gathered(self, letters: str) -> PartitionSpec:
-        """The partition of a parameter while it is used: FSDP cuts undone, the others kept."""
-        kept = {letter: tuple(a for a in _as_tuple(axes) if a != "fsdp") for letter, axes in self.parameters}
-        return _spec(letters, kept)
+        """The partition of a parameter while it is used: the cuts of storage undone, the others kept."""
+        return _spec(letters, dict(self.parameters))
 
     def gather(self, weight: jax.Array, letters: str, dtype=None) -> jax.Array:
-        """A stored parameter made ready for use: cast to `dtype`, then all-gathered over `fsdp`.
+        """A stored parameter made ready for use: cast to `dtype`, then all-gathered over the axes of storage.
 
-        The gradient takes the way back: reduce-scattered over `fsdp`. Casting first halves the bytes for bf16.
+        The gradient takes the way back: reduce-scattered over them. Casting first halves the bytes for bf16.
         """
         return _reshard(weight if dtype is None else weight.astype(dtype), self.gathered(letters))
 
@@ -163,8 +183,8 @@ class Rules:
         specs = tuple(self.act(axes) for axes in letters)
         return jax.shard_map(body, in_specs=specs, out_specs=self.act(out))(*arrays)
 
-    def gather_shards(self, tree, axes: tuple[str, ...], dtype=None):
-        """For use inside a `shard_map`: parameters all-gathered over the mesh axes `axes`, the other cuts kept.
+    def gather_shards(self, tree, keep: tuple[str, ...] = (), dtype=None):
+        """For use inside a `shard_map`: parameters all-gathered over all axes but `model` and those in `keep`.
 
         Here the gradient's reduce-scatter is explicit: it is the transpose of the tiled all-gather.
         """
@@ -173,7 +193,7 @@ class Rules:
             leaf = leaf if dtype is None else leaf.astype(dtype)
             for dim, cut in enumerate(spec):
                 for axis in reversed(_as_tuple(cut)):
-                    if axis in axes and manual_axis_size(axis) > 1:
+                    if axis not in (*keep, "model") and manual_axis_size(axis) > 1:
                         leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
             return leaf
 
@@ -260,12 +280,15 @@ def _as_tuple(axes: Axes) -> tuple[str, ...]:
 
 
 def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
-    """Without the cuts that do not divide their axis, such as that of a router with free experts along E."""
+    """With as many mesh axes of each cut as divide it evenly: a router with free experts may stay whole along E."""
     if mesh.empty:
         return spec
 
-    cuts = zip(leaf.shape, spec, strict=False)
-    return PartitionSpec(*(None if size % _ways(mesh, axes) else axes for size, axes in cuts))
+    def prefix(size: int, cut: Axes) -> Axes:
+        axes = _as_tuple(cut)
+        return next((axes[:n] for n in range(len(axes), 0, -1) if size % _ways(mesh, axes[:n]) == 0), None)
+
+    return PartitionSpec(*(prefix(size, cut) for size, cut in zip(leaf.shape, spec, strict=False)))
 
 
 def _ways(mesh, axes: Axes) -> int:
@@ -301,13 +324,13 @@ DEFAULT = Rules(
         ("V", "model"),
     ),
     parameters=(
-        ("D", "fsdp"),
         ("E", "expert"),
         ("F", "model"),
         ("H", "model"),
         ("J", "model"),
         ("V", "model"),
     ),
+    stored=("fsdp",),
 )
 
 

@@ -23,7 +23,7 @@ from sparse_lm.data.loader import TrainLoader, build_dataset
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.mesh import make_mesh
 from sparse_lm.optim.build import build_optimizer
-from sparse_lm.sharding import DEFAULT, put
+from sparse_lm.sharding import put
 from sparse_lm.train import session  # noqa: F401  (what a training imports belongs to the time of the import)
 from sparse_lm.train.loop import TrainingError
 from sparse_lm.train.state import create_state
@@ -186,12 +186,12 @@ def _phases(experiment: Experiment, times: list[float]) -> Phases:
     with jax.set_mesh(mesh):
         optimizer = build_optimizer(experiment.optim, train.steps)
         root = jax.random.key(experiment.seed)
-        create = jax.jit(lambda key: create_state(key, experiment.model, optimizer, DEFAULT))
+        create = jax.jit(lambda key: create_state(key, experiment.model, optimizer, experiment.sharding.rules))
         state = jax.block_until_ready(create(root))
         times.append(now())
         step = make_train_step(optimizer, train.accumulate, len(dataset.domains))
         for number in range(STEPS):
-            batch = jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), loader.batch_at(number))
+            batch = jax.tree.map(lambda x: put(mesh, experiment.sharding.rules, x, "B."), loader.batch_at(number))
             state, _ = jax.block_until_ready(step(state, batch, root))
             times.append(now())
     imports, data, made, first, *later = (after - before for before, after in itertools.pairwise(times))

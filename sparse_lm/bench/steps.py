@@ -14,7 +14,7 @@ from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.mesh import make_mesh
 from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
-from sparse_lm.sharding import DEFAULT, put
+from sparse_lm.sharding import put
 from sparse_lm.telemetry.peak import matmul_peak
 from sparse_lm.train.restore import tokenizer_of
 from sparse_lm.train.state import create_state
@@ -59,9 +59,9 @@ def stepper(experiment: Experiment, mesh: Mesh) -> Callable[[], float]:
     train, model = experiment.train, experiment.model
     optimizer = build_optimizer(experiment.optim, train.steps)
     root = jax.random.key(experiment.seed)
-    state = jax.jit(lambda key: create_state(key, model, optimizer, DEFAULT))(root)
+    state = jax.jit(lambda key: create_state(key, model, optimizer, experiment.sharding.rules))(root)
     step = make_train_step(optimizer, train.accumulate, 1)
-    batch = jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), random_batch(experiment))
+    batch = jax.tree.map(lambda x: put(mesh, experiment.sharding.rules, x, "B."), random_batch(experiment))
 
     def call() -> float:
         nonlocal state

@@ -31,9 +31,8 @@ from sparse_lm.planning.estimate import Estimate, estimate
 from sparse_lm.planning.hlo import parse
 from sparse_lm.planning.roofline import Roofline, roofline
 from sparse_lm.planning.work import Buffer, Work, largest, work
-from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded
 from sparse_lm.train.restore import tokenizer_of
-from sparse_lm.train.state import TrainState, create_state
+from sparse_lm.train.state import TrainState, state_shapes
 from sparse_lm.train.step import make_train_step
 
 LARGEST = 40  # arrays that a plan remembers
@@ -224,7 +223,6 @@ def make_plan(
     experiment: Experiment,
     mesh: Mesh | AbstractMesh,
     compile_step: bool = True,
-    rules: Rules = DEFAULT,
     chip: Chip | None = None,
 ) -> Plan:
     """The plan of a resolved experiment on a mesh: of devices, described devices, or of none at all (not to compile).
@@ -233,8 +231,8 @@ def make_plan(
     """
     experiment.mesh_sizes(mesh.size)
     with _using(mesh):
-        state = abstract_state(experiment, mesh, rules)
-        compiled = _compile(experiment, state, cast(Mesh, mesh), rules) if compile_step else None
+        state = abstract_state(experiment, mesh)
+        compiled = _compile(experiment, state, cast(Mesh, mesh)) if compile_step else None
     model, length = experiment.model, experiment.data.length
     counts = count(model)
     parts = tuple(
@@ -261,14 +259,10 @@ def _using(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
-def abstract_state(experiment: Experiment, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> TrainState:
+def abstract_state(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, dtypes and shardings of the state that training starts from. Call under `jax.set_mesh(mesh)`."""
     optimizer = build_optimizer(experiment.optim, experiment.train.steps)
-
-    def create(key):
-        return create_state(key, experiment.model, optimizer, rules)
-
-    return abstract_sharded(jax.eval_shape(create, _abstract_key()), rules, cast(Mesh, mesh))
+    return state_shapes(_abstract_key(), experiment.model, optimizer, experiment.sharding.rules, mesh)
 
 
 def device_bytes(tree: Any) -> int:
@@ -280,7 +274,7 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def trace_step(experiment: Experiment, state: TrainState, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT) -> Any:
+def trace_step(experiment: Experiment, state: TrainState, mesh: Mesh | AbstractMesh) -> Any:
     """The train step of a resolved experiment, traced (`jax.stages.Traced`); its `lower` makes the program.
 
     state: see `abstract_state`; call under the same mesh. On an abstract mesh, of no devices,
@@ -288,7 +282,7 @@ def trace_step(experiment: Experiment, state: TrainState, mesh: Mesh | AbstractM
     """
     train = experiment.train
     shape = (train.batch_size, experiment.data.length + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, rules.act("B.")))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, experiment.sharding.rules.act("B.")))
     batch = cast(Any, Batch)(*(tokens for _ in dataclasses.fields(Batch)))
     # Domains of a text are known only once it is read. They change a few sums of the metrics and nothing else.
     domains = experiment.data.grammar.num_domains if experiment.data.source == "grammar" else 1
@@ -296,9 +290,9 @@ def trace_step(experiment: Experiment, state: TrainState, mesh: Mesh | AbstractM
     return step.trace(state, batch, _abstract_key())
 
 
-def _compile(experiment: Experiment, state: TrainState, mesh: Mesh, rules: Rules) -> CompiledStep | OutOfMemory:
+def _compile(experiment: Experiment, state: TrainState, mesh: Mesh) -> CompiledStep | OutOfMemory:
     start = time.perf_counter()
-    lowered = trace_step(experiment, state, mesh, rules).lower()
+    lowered = trace_step(experiment, state, mesh).lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

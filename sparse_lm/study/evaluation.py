@@ -12,7 +12,7 @@ from sparse_lm.data.loader import build_dataset, validation_batches
 from sparse_lm.evals.perplexity import make_evaluate
 from sparse_lm.experiment import resolved
 from sparse_lm.mesh import make_mesh
-from sparse_lm.sharding import DEFAULT, put
+from sparse_lm.sharding import put
 from sparse_lm.study.plan import Run
 from sparse_lm.telemetry.rundata import load_run
 from sparse_lm.telemetry.sinks import METRICS_NAME, plain, replace_file
@@ -42,7 +42,7 @@ def evaluate_run(run: Run, trained: Path, here: Path, stream: TextIO) -> float:
         if loaded.step != experiment.train.steps:
             raise TrainingError(f"its training {run.training.name} is at step {loaded.step}; let it end first")
         held_out = validation_batches(dataset, experiment.train.batch_size, experiment.train.eval_batches)
-        batches = [jax.tree.map(lambda x: put(mesh, DEFAULT, x, "B."), batch) for batch in held_out]
+        batches = [jax.tree.map(lambda x: put(mesh, experiment.sharding.rules, x, "B."), batch) for batch in held_out]
         evaluation = make_evaluate(dataset.domains)(loaded.model, batches)
     row = validation_row(loaded.step, evaluation, dataset.validation_bytes_per_target, dataset.entropy)
     before = load_run(trained)

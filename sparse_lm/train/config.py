@@ -1,10 +1,13 @@
-"""Configuration of the training run."""
+"""Configuration of the training run, and of how it is laid out over devices."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from sparse_lm.config import Config, ConfigError, option
+from sparse_lm.config import Config, ConfigError, closest, option
+from sparse_lm.mesh import MESH_AXES
+from sparse_lm.rules import STRATEGIES
+from sparse_lm.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +60,42 @@ class MeshConfig(Config):
     expert: int = 1
     context: int = 1
     model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig(Config):
+    """Along which mesh axes weights and optimizer state are cut while they are stored (see `sparse_lm.rules`).
+
+    strategy: ep, zero1_ep, fsdp_ep, hybrid_ep or fsdp_over_ep.
+    stored, dense, state: mesh axes joined by `+`, or an empty text for none, instead of what the strategy says: of all
+    weights, of those of no expert besides, and of optimizer state besides. None is as the strategy says.
+    """
+
+    strategy: str = "fsdp_ep"
+    stored: str | None = None
+    dense: str | None = None
+    state: str | None = None
+
+    def check(self) -> None:
+        """Raises `ConfigError` on an unknown strategy or axis, and on an axis that would cut one array twice."""
+        if self.strategy not in STRATEGIES:
+            raise ConfigError("strategy", self.strategy, closest(self.strategy, STRATEGIES))
+        for key, axes in self._given.items():
+            for axis in axes:
+                if axis not in MESH_AXES:
+                    raise ConfigError(key, getattr(self, key), f"{axis!r} is no mesh axis; {closest(axis, MESH_AXES)}")
+        for letters in ("DF", "EDF", "VD", "DHI", "PHI"):
+            try:
+                self.rules.for_state.param(letters)
+            except ValueError as error:
+                raise ConfigError("strategy", self.strategy, f"with {self._given or 'no changes'}: {error}") from None
+
+    @property
+    def rules(self) -> Rules:
+        """The table that all this amounts to."""
+        return dataclasses.replace(STRATEGIES[self.strategy], **self._given)
+
+    @property
+    def _given(self) -> dict[str, tuple[str, ...]]:
+        values = {key: getattr(self, key) for key in ("stored", "dense", "state")}
+        return {key: tuple(filter(None, text.split("+"))) for key, text in values.items() if text is not None}

@@ -18,7 +18,6 @@ from sparse_lm.models.counts import Counts
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.optim.schedules import schedule
-from sparse_lm.sharding import DEFAULT, Rules, abstract_sharded
 from sparse_lm.telemetry.clock import Clock
 from sparse_lm.telemetry.peak import device_peak
 from sparse_lm.telemetry.progress import Progress, Status
@@ -27,7 +26,7 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.hosts import agree, is_first, place, process_rows, stop_requests
 from sparse_lm.train.rows import train_row, validation_row
 from sparse_lm.train.run import CHECKPOINTS_NAME
-from sparse_lm.train.state import TrainState, create_state
+from sparse_lm.train.state import TrainState, state_shapes, create_state
 from sparse_lm.train.step import StepMetrics, make_train_step
 
 LAYER_ROWS = 200  # about so many rows of a run carry the arrays per layer and expert
@@ -54,16 +53,16 @@ class Outcome:
 class Trainer:
     """One process's part in the training of one run."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset, workdir: Path, mesh: Mesh, rules: Rules = DEFAULT):
+    def __init__(self, experiment: Experiment, dataset: Dataset, workdir: Path, mesh: Mesh):
         """experiment: resolved. Call under `jax.set_mesh(mesh)`."""
-        self.experiment, self.dataset, self.workdir, self.mesh, self.rules = experiment, dataset, workdir, mesh, rules
-        train = experiment.train
+        self.experiment, self.dataset, self.workdir, self.mesh = experiment, dataset, workdir, mesh
+        self.rules, train = experiment.sharding.rules, experiment.train
         self.optimizer = build_optimizer(experiment.optim, train.steps)
         self.schedule = schedule(experiment.optim, train.steps)
         self.step = make_train_step(self.optimizer, train.accumulate, len(dataset.domains))
         self.evaluate = make_evaluate(dataset.domains)
         seed = experiment.seed if experiment.data_seed is None else experiment.data_seed
-        self.rows = process_rows(mesh, rules, train.batch_size)
+        self.rows = process_rows(mesh, self.rules, train.batch_size)
         self.loader = TrainLoader(dataset, train.batch_size, seed, rows=self.rows)
         self.root = jax.random.key(experiment.seed)
         held_out = validation_batches(dataset, train.batch_size, train.eval_batches, self.rows)
@@ -110,13 +109,10 @@ class Trainer:
         return Outcome(state.model, step, resumed, stopped, recorder.last)
 
     def _start(self, checkpoints: Checkpoints, step: int | None) -> tuple[TrainState, dict[str, Any]]:
-        def create(key):
-            return create_state(key, self.experiment.model, self.optimizer, self.rules)
-
+        made_of = self.experiment.model, self.optimizer, self.rules
         if step is None:
-            return jax.jit(create)(self.root), {}
-        abstract = abstract_sharded(jax.eval_shape(create, self.root), self.rules, self.mesh)
-        state, extra = checkpoints.restore(abstract)
+            return jax.jit(lambda key: create_state(key, *made_of))(self.root), {}
+        state, extra = checkpoints.restore(state_shapes(self.root, *made_of, self.mesh))
         self.loader.restore(extra["data"])
         return state, extra
 

@@ -13,7 +13,6 @@ from sparse_lm.data.tokenizers import ByteTokenizer, FactTokenizer, SymbolTokeni
 from sparse_lm.experiment import Experiment
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder
-from sparse_lm.sharding import DEFAULT, Rules
 from sparse_lm.telemetry.rundata import CONFIG_NAME
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.manifest import CheckpointError
@@ -35,10 +34,9 @@ def load_model(
     workdir: str | Path,
     step: int | None = None,
     best: bool = False,
-    rules: Rules = DEFAULT,
     model: ModelConfig | None = None,
 ) -> Loaded:
-    """The model of a run, laid out by `rules` on the mesh that is set, or on the first device; whatever mesh it had.
+    """The model of a run, laid out by its own rules on the mesh that is set, or on the first device; whatever mesh it had.
 
     step: None is the newest checkpoint, or with `best` the one of the lowest validation loss. model: its configuration,
     with the same parameters, instead of the one it was trained with. The directory is only read, so that its training
@@ -60,6 +58,7 @@ def load_model(
             what = "no step there has a validation loss; name one, or take the newest"
             raise CheckpointError(checkpoints.directory, None, "absent", what)
         step = checkpoints.latest_step() if step is None else step
+        rules = experiment.sharding.rules
         abstract = jax.eval_shape(
             lambda key: rules.shard_parameters(Decoder(key, experiment.model, rules)), jax.random.key(0)
         )

@@ -36,6 +36,7 @@ RESUMABLE = (
     "train.accumulate",
     "checkpoint",
     "mesh",
+    "sharding",
     "model.remat",
     "model.loss_chunk",
     "model.scan_layers",

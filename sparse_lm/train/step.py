@@ -49,8 +49,10 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         graph, parameters, rest = nnx.split(state.model, nnx.Param, ...)
-        updated, optimizer_state = apply(optimizer, gradients, state.optimizer, parameters)
         rules = state.model.rules
+        # Under ZeRO the update is made on the shards of the optimizer state, and then gathered.
+        shards = rules.for_state.shard_parameters((gradients, parameters))
+        updated, optimizer_state = apply(optimizer, shards[0], state.optimizer, shards[1])
 
         def keep(new, old):
             return jnp.where(finite, new, old)
@@ -61,7 +63,7 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
         if parts.attention is not None:
             model.stack = model.stack.with_updated_attention(parts.attention.stats)
         model = jax.tree.map(keep, rules.shard_parameters(model), state.model)
-        optimizer_state = jax.tree.map(keep, rules.shard_parameters(optimizer_state), state.optimizer)
+        optimizer_state = jax.tree.map(keep, rules.for_state.shard_parameters(optimizer_state), state.optimizer)
         skipped = 1 - finite.astype(jnp.int32)
         nonfinite, in_a_row = state.nonfinite + skipped, (state.nonfinite_in_a_row + 1) * skipped
         new = TrainState(state.step + 1, model, optimizer_state, nonfinite, in_a_row)

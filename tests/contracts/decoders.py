@@ -18,7 +18,7 @@ from sparse_lm.batch import Batch
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder, build_decoder
 from sparse_lm.moe.config import MoEConfig
-from sparse_lm.sharding import DEFAULT
+from sparse_lm.sharding import DEFAULT, Rules
 from sparse_lm.train.accumulate import loss_and_gradients
 from sparse_lm.train.state import create_state
 from sparse_lm.train.step import make_train_step
@@ -83,7 +83,12 @@ class Trajectory:
 
 
 def train(
-    config: ModelConfig, mesh: jax.sharding.Mesh | None, accumulate: int = 1, times: int = 1, steps: int = 2
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | None,
+    accumulate: int = 1,
+    times: int = 1,
+    steps: int = 2,
+    rules: Rules = DEFAULT,
 ) -> list[Trajectory]:
     """The same training, `times` times over, by one step function. The momentum in the state is made of gradients."""
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -93,7 +98,7 @@ def train(
     with on_mesh(mesh):
         batch = placed(host_batch())
         for _ in range(times):
-            state = create(jax.random.key(0), config, optimizer, DEFAULT)
+            state = create(jax.random.key(0), config, optimizer, rules)
             metrics = None
             for _ in range(steps):
                 state, metrics = step(state, batch, jax.random.key(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import cases
@@ -15,9 +16,11 @@ from decoders import causal_moe, decoder_config
 from harness import deviation
 
 from sparse_lm.batch import Batch
+from sparse_lm.mesh import MESH_AXES
 from sparse_lm.moe.stats import unaccounted
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.optim.config import OptimConfig
+from sparse_lm.rules import STRATEGIES
 from sparse_lm.sharding import DEFAULT
 from sparse_lm.train.state import create_state
 from sparse_lm.train.step import make_train_step
@@ -69,6 +72,41 @@ def test_training_is_the_same_on_every_mesh(dispatcher, sizes, mesh_of, record_p
     assert again.programs == 1
     for name, value in first.state.items():
         assert value.tobytes() == again.state[name].tobytes(), f"{name} differs between two runs of one program"
+
+
+@pytest.mark.parametrize("name", [name for name, rules in STRATEGIES.items() if rules != DEFAULT])
+def test_training_is_the_same_with_every_strategy(name, mesh_of, record_property):
+    config, mesh = decoder_config(causal_moe(dispatcher="all_to_all")), mesh_of(data=2, fsdp=2, expert=2)
+    (got,) = decoders.train(config, mesh, rules=STRATEGIES[name])
+    reference = reference_training("gather")
+    worst = max(assert_same(got.metrics, reference.metrics), assert_same(got.state, reference.state))
+    record_property("worst", f"{worst:.2g}")
+
+
+def factorisations(number: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as a product of so many, in order."""
+    if axes == 1:
+        yield (number,)
+        return
+    for first in (n for n in range(1, number + 1) if number % n == 0):
+        yield from ((first, *rest) for rest in factorisations(number // first, axes - 1))
+
+
+@functools.cache
+def divisible_training():
+    return decoders.train(DIVISIBLE, None)[0]
+
+
+# Every size that a mesh axis cuts is a multiple of 8.
+DIVISIBLE = decoder_config(causal_moe(num_experts=8, dispatcher="all_to_all"), num_heads=8, num_kv_heads=8)
+
+
+@pytest.mark.slow  # 3 min
+@pytest.mark.parametrize("shape", factorisations(8, len(MESH_AXES)), ids=lambda shape: "x".join(map(str, shape)))
+def test_training_is_the_same_on_every_factorisation_of_eight_devices(shape, mesh_of, record_property):
+    (got,) = decoders.train(DIVISIBLE, mesh_of(**dict(zip(MESH_AXES, shape, strict=True))))
+    worst = assert_same(got.metrics, divisible_training().metrics)
+    record_property("worst", f"{max(worst, assert_same(got.state, divisible_training().state)):.2g}")
 
 
 def test_the_mesh_comparison_sees_every_gradient():

@@ -68,11 +68,11 @@ class Dispatcher(abc.ABC):
             )
         groups, size = x_GSD.shape[:2]
         ids_GS = self.rules.constrain(jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size), "GS")
-        axes = ("fsdp",) if self.moves_tokens else ("fsdp", "expert")
+        keep = ("expert",) if self.moves_tokens else ()
 
         def body(experts, tokens, key):
             x_GSD, decision, ids_GS = tokens
-            experts = self.rules.gather_shards(experts, axes, x_GSD.dtype)
+            experts = self.rules.gather_shards(experts, keep, x_GSD.dtype)
             y_GSD, kept_GSK = self.local(experts, x_GSD, decision, ids_GS, key)
             # A shard of F gave a partial sum; the combination is linear, so the sum is taken once, at its narrowest.
             return sum_over(y_GSD, "model").astype(x_GSD.dtype), kept_GSK
