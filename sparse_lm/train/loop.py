@@ -26,7 +26,7 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.hosts import agree, is_first, place, process_rows, stop_requests
 from sparse_lm.train.rows import train_row, validation_row
 from sparse_lm.train.run import CHECKPOINTS_NAME
-from sparse_lm.train.state import TrainState, state_shapes, create_state
+from sparse_lm.train.state import TrainState, create_state, state_shapes
 from sparse_lm.train.step import StepMetrics, make_train_step
 
 LAYER_ROWS = 200  # about so many rows of a run carry the arrays per layer and expert

@@ -36,7 +36,7 @@ def load_model(
     best: bool = False,
     model: ModelConfig | None = None,
 ) -> Loaded:
-    """The model of a run, laid out by its own rules on the mesh that is set, or on the first device; whatever mesh it had.
+    """The model of a run, laid out by its rules on the mesh that is set, or on the first device; whatever mesh it had.
 
     step: None is the newest checkpoint, or with `best` the one of the lowest validation loss. model: its configuration,
     with the same parameters, instead of the one it was trained with. The directory is only read, so that its training

@@ -40,7 +40,7 @@ def create_state(
 
 
 def state_shapes(
-    key: jax.Array,
+    key: jax.Array | jax.ShapeDtypeStruct,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     rules: Rules,

@@ -196,9 +196,13 @@ def test_another_signal_later_is_not_caught(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_goes_on_on_other_meshes(whole, tmp_path):
-    for mesh, devices, after in ((MeshConfig(), 1, 4), (MeshConfig(expert=4), 8, 8), (MeshConfig(fsdp=2), 2, None)):
-        made = tiny.trainer(tiny.experiment(mesh=mesh), tmp_path, devices)
+def test_a_run_goes_on_on_other_meshes_and_with_other_strategies(whole, tmp_path):
+    for mesh, strategy, devices, after in (
+        (MeshConfig(), "fsdp_ep", 1, 4),
+        (MeshConfig(expert=4), "fsdp_over_ep", 8, 8),
+        (MeshConfig(fsdp=2), "zero1_ep", 2, None),
+    ):
+        made = tiny.trainer(tiny.experiment(mesh=mesh, sharding__strategy=strategy), tmp_path, devices)
         outcome = tiny.finish(tiny.stopping(made, after) if after else made)
         assert outcome.step == (after or 12)
     np.testing.assert_allclose(tiny.losses(tmp_path), tiny.losses(whole), rtol=1e-5)

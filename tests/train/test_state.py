@@ -9,15 +9,16 @@ from flax import nnx
 
 from sparse_lm.experiment import resolved
 from sparse_lm.optim.build import build_optimizer
-from sparse_lm.sharding import DEFAULT
+from sparse_lm.rules import STRATEGIES
+from sparse_lm.sharding import DEFAULT, Rules
 from sparse_lm.train.state import TrainState, create_state
 
 CONFIG = resolved(tiny.experiment(model__moe__every=1), 8)
 OPTIMIZER = build_optimizer(CONFIG.optim, 10)
 
 
-def create(seed: int = 0) -> TrainState:
-    return jax.jit(create_state, static_argnums=(1, 2, 3))(jax.random.key(seed), CONFIG.model, OPTIMIZER, DEFAULT)
+def create(seed: int = 0, rules: Rules = DEFAULT) -> TrainState:
+    return jax.jit(create_state, static_argnums=(1, 2, 3))(jax.random.key(seed), CONFIG.model, OPTIMIZER, rules)
 
 
 def leaves(tree):
@@ -56,6 +57,16 @@ def test_all_of_it_is_laid_out_by_the_rules(mesh_of):
     for leaf in up:
         layers, experts, width, hidden = leaf.shape
         assert leaf.sharding.shard_shape(leaf.shape) == (layers, experts // 2, width // 2, hidden // 2)
+
+
+def test_zero_cuts_the_optimizer_state_alone(mesh_of):
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, expert=2)):
+        state = leaves(create(rules=STRATEGIES["zero1_ep"]))
+    weights, *moments = (leaf for path, leaf in state.items() if path.endswith("up_EDF/value"))
+    layers, experts, width, hidden = weights.shape
+    assert weights.sharding.shard_shape(weights.shape) == (layers, experts // 2, width, hidden)
+    assert len(moments) == 2
+    assert all(m.sharding.shard_shape(m.shape) == (layers, experts // 2, width // 4, hidden) for m in moments)
 
 
 def test_the_mesh_does_not_change_the_weights(mesh_of):

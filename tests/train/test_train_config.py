@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from sparse_lm import rules
 from sparse_lm.config import ConfigError
-from sparse_lm.train.config import CheckpointConfig, MeshConfig, TrainConfig
+from sparse_lm.train.config import CheckpointConfig, MeshConfig, ShardingConfig, TrainConfig
 
 COUNTS = ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_batches", "max_nonfinite")
 
@@ -39,3 +40,25 @@ def test_a_mesh_takes_all_devices_by_default():
     assert MeshConfig() == MeshConfig(data=-1, fsdp=1, expert=1, model=1)
     with pytest.raises(ConfigError, match="expected int"):
         MeshConfig(data=None)  # type: ignore[arg-type]
+
+
+def test_a_strategy_is_chosen_by_name_and_changed_by_axes():
+    assert ShardingConfig().rules == rules.FSDP_EP
+    assert ShardingConfig(strategy="zero1_ep").rules == rules.ZERO1_EP
+    assert ShardingConfig(strategy="zero1_ep", state="fsdp").rules.state == ("fsdp",)
+    assert ShardingConfig(stored="").rules == rules.EP
+    assert ShardingConfig(dense="expert+context").rules.dense == ("expert", "context")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "fsdp"}, "config.strategy='fsdp': did you mean 'fsdp_ep'"),
+        ({"state": "fsdp+dat"}, r"config.state='fsdp\+dat': 'dat' is no mesh axis; did you mean 'data'"),
+        ({"stored": "expert"}, "with {'stored': .*'EDF' would use mesh axis 'expert' twice"),
+        ({"dense": "model"}, "with {'dense': .*'DF' would use mesh axis 'model' twice"),
+    ],
+)
+def test_strategies_that_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ShardingConfig(**changes)
