@@ -1,10 +1,11 @@
-"""All studies on one page: runs what is not finished, then writes docs/results.md and docs/results/*.svg.
+"""All studies on one page: runs what is not finished, then writes docs/results.md and docs/results/<study>/.
 
 python experiments/results.py [--workdir=runs/studies] [--studies=experts,capacity] [--parallel=2] [--out=docs]
     [--scale=toy|small|paper] [--nothing_new]
 
-`make results` calls it. --nothing_new runs nothing and only collects what the folder holds. It can be stopped and goes
-on as experiments/ablate.py does, which it calls for each study.
+`make results` calls it. --studies runs some of them, in that order; the page has all, the others as they were before.
+--nothing_new runs nothing and only collects what the folder holds. It can be stopped and goes on as
+experiments/ablate.py does, which it calls for each study.
 """
 
 import os
@@ -17,7 +18,7 @@ from common import run
 ROOT = Path(__file__).resolve().parent.parent
 WORKDIR = flags.DEFINE_string("workdir", "runs/studies", "The studies are kept here.")
 OUT = flags.DEFINE_string("out", "docs", "Write results.md and results/ here.")
-STUDIES = flags.DEFINE_list("studies", None, "Names of files in configs/ablations/; left out: all of them.")
+STUDIES = flags.DEFINE_list("studies", None, "Run these files of configs/ablations/, in this order; left out: all.")
 SCALE = flags.DEFINE_string("scale", "toy", "toy (minutes a study on two cores), small (a GPU) or paper (a pod).")
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Processes side by side, but for studies of equal time.", 1)
 NOTHING_NEW = flags.DEFINE_bool("nothing_new", False, "Run nothing, collect what there is.")
@@ -49,7 +50,8 @@ def main() -> None:
         if ended == 0 and outstanding(plan, directory):  # a signal, after which the study ends with 0
             print("stopped; the same command goes on from there")
             break
-    page = write_collection(read_entries(workdir, STUDIES.value or list(files)), Path(str(OUT.value)))
+    out = Path(str(OUT.value))
+    page = write_collection(read_entries(workdir, list(files), out), out)
     print(f"results in {page}")
     sys.exit(status)
 

@@ -1,6 +1,7 @@
 """All studies of a folder on one page: docs/results.md with a plot for each, from what the studies have written.
 
-A study's results.json says what came out, when and on what; its table.md and plots are taken as they are. Nothing is
+A study's results.json says what came out, when and on what; its table.md and plots are taken as they are. All three are
+kept beside the page, in docs/results/<study>/, so that it can be made anew where only some studies were run. Nothing is
 left out: a study that is not finished, or that was never run, is listed as such, and what contradicts a paper comes
 first.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from sparse_lm.study.study import SCALES
 from sparse_lm.telemetry.format import duration, markdown_table
 from sparse_lm.telemetry.sinks import replace_file
 
-PAGE_NAME, PICTURES_NAME = "results.md", "results"
+PAGE_NAME, KEPT_NAME = "results.md", "results"
 VERDICTS: tuple[Verdict, ...] = ("shown", "not shown", "contradicted")
 
 
@@ -34,13 +36,13 @@ VERDICTS: tuple[Verdict, ...] = ("shown", "not shown", "contradicted")
 class Entry:
     """A study at a scale. name: its folder's. data: its results.json, None where it was never run.
 
-    table: its table.md. plot: of its measure, where there is one.
+    table: its table.md. folder: where these are, and its plots.
     """
 
     name: str
     data: Mapping[str, Any] | None = None
     table: str = ""
-    plot: Path | None = None
+    folder: Path | None = None
 
     @property
     def finished(self) -> bool:
@@ -52,6 +54,14 @@ class Entry:
         """When and on what its runs ran, where that was recorded."""
         found = self.data and self.data.get("record")
         return Record(**found) if found else None
+
+    @property
+    def plot(self) -> str | None:
+        """The plot of its measure, relative to its folder, where there is one."""
+        if self.folder is None or self.data is None:
+            return None
+        name = f"{PLOTS_NAME}/{plot_name(MEASURES[self.data['measure']].label)}"
+        return name if (self.folder / name).is_file() else None
 
     def status(self) -> str:
         """How far it is, in words."""
@@ -68,31 +78,34 @@ def outstanding(plan: Plan, directory: Path) -> int:
     return sum(state_of(directory, run) in ("started", "waiting") for run in plan.runs)
 
 
-def read_entries(workdir: Path, names: Sequence[str]) -> list[Entry]:
+def read_entries(workdir: Path, names: Sequence[str], out: Path | None = None) -> list[Entry]:
     """The studies of these names in the toy scale, run or not, and in the others where they were run.
+
+    out: where a page was written before; what it keeps stands in for studies that `workdir` has not finished.
 
     Raises `ConfigError` when a results.json is not one.
     """
-    entries = []
-    for name in names:
-        for scale in SCALES:
-            folder = workdir / folder_name(name, scale)
-            if (folder / RESULTS_NAME).is_file():
-                entries.append(_entry(folder))
-            elif scale == "toy":
-                entries.append(Entry(name))
-    return entries
+    kept = None if out is None else out / KEPT_NAME
+    found = [_entry(name, scale, workdir, kept) for name in names for scale in SCALES]
+    return [entry for entry in found if entry.data is not None or entry.name in names]
 
 
-def _entry(folder: Path) -> Entry:
+def _entry(name: str, scale: str, workdir: Path, kept: Path | None) -> Entry:
+    """What `workdir` has of a study; what is kept of it, where that is finished and the other is not."""
+    place = folder_name(name, scale)
+    here = _read(workdir / place)
+    before = _read(kept / place) if kept is not None and not here.finished else here
+    return before if before.finished else here
+
+
+def _read(folder: Path) -> Entry:
     path = folder / RESULTS_NAME
+    if not path.is_file():
+        return Entry(folder.name)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        label = MEASURES[data["measure"]].label
-        plot = folder / PLOTS_NAME / plot_name(label)
-        table = (folder / TABLE_NAME).read_text(encoding="utf-8")
-        entry = Entry(folder.name, data, table, plot if plot.is_file() else None)
-        _ = entry.status(), _verdicts(entry), entry.record  # what is missing is found here, with the path
+        entry = Entry(folder.name, data, (folder / TABLE_NAME).read_text(encoding="utf-8"), folder)
+        _ = entry.status(), entry.plot, _verdicts(entry), entry.record  # what is missing is found here, with the path
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             "workdir", str(path), f"is not the result of a study ({error!r}); run the study's command again"
@@ -164,26 +177,29 @@ def _section(entry: Entry) -> str:
     record = entry.record
     parts = [f"## {entry.name}", f"Runs finished: {entry.status()}. {record.words() if record else ''}".strip()]
     if entry.plot:
-        parts.append(f"![{entry.data['question']}]({PICTURES_NAME}/{entry.name}.svg)")
+        parts.append(f"![{entry.data['question']}]({KEPT_NAME}/{entry.name}/{entry.plot})")
     lines = entry.table.strip().splitlines()[1:]  # its title is above
     parts.append("\n".join(f"#{line}" if line.startswith("#") else line for line in lines).strip())
     return "\n\n".join(parts)
 
 
 def write_collection(entries: Sequence[Entry], out: Path) -> Path:
-    """Writes out/results.md and out/results/<study>.svg, takes away pictures of other studies; returns the page's path.
+    """Writes out/results.md and out/results/<study>/, takes away what is kept of others; returns the page's path.
 
     Raises `ConfigError` where that is impossible.
     """
-    pictures = out / PICTURES_NAME
+    kept = out / KEPT_NAME
     try:
-        pictures.mkdir(parents=True, exist_ok=True)
-        plots = {f"{entry.name}.svg": entry.plot for entry in entries if entry.plot}
-        for old in pictures.glob("*.svg"):
-            if old.name not in plots:
-                old.unlink()
-        for name, plot in plots.items():
-            replace_file(pictures / name, plot.read_bytes())
+        kept.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in entries if entry.data is not None}
+        for old in kept.iterdir():
+            if (old / RESULTS_NAME).is_file() and old.name not in names:
+                shutil.rmtree(old)
+        for entry in entries:
+            if entry.folder is not None and entry.folder != kept / entry.name:
+                for name in filter(None, (RESULTS_NAME, TABLE_NAME, entry.plot)):
+                    (kept / entry.name / name).parent.mkdir(parents=True, exist_ok=True)
+                    replace_file(kept / entry.name / name, (entry.folder / name).read_bytes())
         replace_file(out / PAGE_NAME, to_markdown(entries).encode())
     except OSError as error:
         raise ConfigError("out", str(out), f"cannot be written ({error}); choose another directory") from error

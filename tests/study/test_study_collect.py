@@ -87,19 +87,33 @@ def test_a_section_has_what_the_study_wrote(workdir, tmp_path):
     assert "| four | 1.0625 ± 0.0625 | 2 | 1.5 |" in whole
     assert "| hurts | Two experts hurt. | contradicted |" in whole
     assert "    python experiments/ablate.py --study=whole" in whole and "\n### Claims\n" in whole
-    assert "![Does it run?](results/whole.svg)" in whole
-    picture = (tmp_path / "results" / "whole.svg").read_bytes()
+    assert "![Does it run?](results/whole/plots/validation_loss.svg)" in whole
+    picture = (tmp_path / "results" / "whole" / "plots" / "validation_loss.svg").read_bytes()
     assert picture == (workdir / "whole" / "plots" / "validation_loss.svg").read_bytes()
     assert "TrainingError: lost" in section(page, "failing")
     assert section(page, "absent").strip() == "Not run."
 
 
-def test_pictures_of_other_studies_go(workdir, tmp_path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "gone.svg").write_text("")
-    (tmp_path / "results" / "kept.txt").write_text("")
+def test_what_is_kept_of_other_studies_goes(workdir, tmp_path):
+    write_collection(read_entries(workdir, ["whole", "failing", "absent"]), tmp_path)
+    (tmp_path / "results" / "notes.txt").write_text("")
     write_collection(read_entries(workdir, ["whole", "absent"]), tmp_path)
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["kept.txt", "whole.svg"]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["notes.txt", "whole"]
+
+
+def test_what_is_kept_stands_in_for_what_is_not_finished_here(workdir, tmp_path):
+    names, out = ["whole", "half", "failing", "absent"], tmp_path / "docs"
+    before = write_collection(read_entries(workdir, names, out), out).read_text()
+    again = write_collection(read_entries(tmp_path / "elsewhere", names, out), out).read_text()
+    assert section(again, "whole") == section(before, "whole") and section(again, "absent").strip() == "Not run."
+    write(tmp_path / "elsewhere", "whole", finished=2)
+    write(tmp_path / "elsewhere", "half", finished=2)
+    page = write_collection(read_entries(tmp_path / "elsewhere", names, out), out).read_text()
+    assert section(page, "whole") == section(before, "whole"), "an unfinished study takes no finished one's place"
+    assert "**not finished**: 2 of 6" in section(page, "half")
+    write(tmp_path / "finished", "half")
+    page = write_collection(read_entries(tmp_path / "finished", names, out), out).read_text()
+    assert "Runs finished: 6 of 6" in section(page, "half")
 
 
 def test_larger_scales_are_there_when_they_were_run(tmp_path):
