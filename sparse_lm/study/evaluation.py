@@ -46,7 +46,7 @@ def evaluate_run(run: Run, trained: Path, here: Path, stream: TextIO) -> float:
         evaluation = make_evaluate(dataset.domains)(loaded.model, batches)
     row = validation_row(loaded.step, evaluation, dataset.validation_bytes_per_target, dataset.entropy)
     before = load_run(trained)
-    write_info(here, describe_run(experiment, dataset, before.info["parameters"]) | {"evaluates": run.training.name})
+    write_info(here, describe_run(experiment, dataset, before.info["parameters"]) | {"evaluates": trained.name})
     rows = [json.dumps(plain(one), allow_nan=False) for one in (*before.train, row)]
     replace_file(here / METRICS_NAME, "".join(f"{one}\n" for one in rows).encode())
     stream.write(f"{run.training.name} at step {loaded.step}: validation loss {evaluation.loss:.4f} nats/token\n")

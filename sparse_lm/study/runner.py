@@ -22,6 +22,7 @@ from sparse_lm.experiment import Experiment
 from sparse_lm.study.evaluation import evaluate_run
 from sparse_lm.study.plan import Plan, Run
 from sparse_lm.study.record import DONE_NAME
+from sparse_lm.study.reuse import find_run
 from sparse_lm.telemetry.format import duration
 from sparse_lm.telemetry.sinks import METRICS_NAME, replace_file
 from sparse_lm.train.loop import TrainingError
@@ -86,8 +87,13 @@ def folder_name(study: str, scale: str) -> str:
 
 
 def run_dir(directory: Path, run: Run) -> Path:
-    """The directory of a run within that of its study."""
-    return directory / RUNS_NAME / run.name
+    """The directory of a run within that of its study; see `reuse.find_run` for those of earlier versions."""
+    return _found(directory, run)[0]
+
+
+def _found(directory: Path, run: Run) -> tuple[Path, list[str]]:
+    trained = None if run.training is None else run_dir(directory, run.training).name
+    return find_run(directory / RUNS_NAME / run.name, run, trained)
 
 
 def state_of(directory: Path, run: Run) -> State:
@@ -112,8 +118,8 @@ def listing(plan: Plan, directory: Path, shard: Shard) -> list[str]:
     for run in shard.of(plan.jobs):
         cost = plan.costs[run.variant]
         words = f"{cost.steps} steps, {cost.parameters:,} parameters, {cost.flops_per_token:,} FLOPs/token"
-        words = f"evaluates {run.training.name}" if run.training else words
-        lines.append(f"{state_of(directory, run):8} {run.name}  {words}")
+        words = f"evaluates {run_dir(directory, run.training).name}" if run.training else words
+        lines.append(f"{state_of(directory, run):8} {run_dir(directory, run).name}  {words}")
     return lines
 
 
@@ -168,6 +174,8 @@ class Tally:
         )
         for name in self.failed:
             self.stream.write(f"  failed before: {name} (--retry tries it again)\n")
+        for run in self.todo:
+            self.stream.writelines(f"  {run.name} is to do: {why}\n" for why in _found(directory, run)[1])
         return self.todo
 
     def ended(self, run: Run, words: str) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import tiny
 
 from sparse_lm.config import to_dict
+from sparse_lm.experiment import resolved
 from sparse_lm.study.claims import Less, Within
 from sparse_lm.study.plan import Plan, Run, make_plan
 from sparse_lm.study.runner import DONE_NAME, run_dir
 from sparse_lm.study.study import SCALES, Scale, Source, Study, Variant
+from sparse_lm.train.restore import tokenizer_of
 
 SOURCE = Source("A paper", "0000.00000", "table 1")
 
@@ -49,14 +51,17 @@ def pretend(
     """Writes what a finished run leaves behind: ten steps, evaluated at 5 and 10, with this loss at the end."""
     here = run_dir(directory, run)
     here.mkdir(parents=True)
-    info = {
-        "config": to_dict(run.experiment),
+    info: dict[str, Any] = {
+        "config": to_dict(resolved(run.experiment, tokenizer_of(run.experiment.data).vocab_size)),
+        "data": {"fingerprint": "f"},
         "device": {"platform": "wood", "kind": "abacus", "count": 1},
         "host": {"cpu": "Some CPU", "cores": 2},
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
         "git": "0123456789abcdef",
         "parameters": {"total": 100, "active": 50, "flops_per_token": 600},
     }
+    if run.training is not None:
+        info["evaluates"] = run_dir(directory, run.training).name
     (here / "config.json").write_text(json.dumps(info))
     rows = []
     for step in range(1, 11):
