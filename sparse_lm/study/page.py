@@ -16,7 +16,8 @@ PAGE_NAME, PLOTS_NAME = "report.html", "plots"
 EXPLANATION = (
     "A comparison is shown when its whole interval (bootstrap over seeds, paired) lies in the claimed range, "
     "contradicted when all of it lies outside. 'Could have seen' is the smallest true difference that so many seeds "
-    "would find in 80 % of repetitions; 'luck' is about the chance of 'shown' when the claim is just false."
+    "would find in 80 % of repetitions; 'luck' is about the chance of 'shown' when the claim is just false. Numbers "
+    "are in the unit of their measure, which is the first one below where none is named."
 )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from sparse_lm.study.claims import Verdict
 from sparse_lm.study.measures import MEASURES, Curve
 from sparse_lm.study.results import Results
 from sparse_lm.study.stats import summary
@@ -30,13 +32,24 @@ from sparse_lm.telemetry.svg import (
 )
 
 ROW = 22
-VERDICT_COLORS = {"shown": SERIES[2], "contradicted": SERIES[1], "not shown": "#7a7a7a"}
+Mark = Literal["dot", "square", "ring"]
+# By form as well as by colour, so that they are told apart in grey.
+VERDICT_MARKS: Mapping[Verdict, tuple[str, Mark]] = {
+    "shown": (SERIES[2], "dot"),
+    "contradicted": (SERIES[1], "square"),
+    "not shown": ("#7a7a7a", "ring"),
+}
+# Seven colours, none of them near the baseline's, and three dashes: together they repeat after 21 lines.
+_COLORS = tuple(color for color in SERIES if color != "#444444")
 _DASHES = (None, "6 3", "2 3")
 
 
 @dataclasses.dataclass(frozen=True)
 class DotRow:
-    """A row of a dot plot. points: small circles. center, low, high: the big mark and its bar; None draws none."""
+    """A row of a dot plot. points: small circles. center, low, high: the big mark and its bar; None draws none.
+
+    mark: the form of the big one.
+    """
 
     label: str
     points: Sequence[float]
@@ -44,6 +57,7 @@ class DotRow:
     low: float | None
     high: float | None
     color: str = SERIES[0]
+    mark: Mark = "dot"
 
 
 def dot_plot(rows: Sequence[DotRow], x: Axis, title: str, reference: float | None = None) -> str:
@@ -82,11 +96,17 @@ def dot_plot(rows: Sequence[DotRow], x: Axis, title: str, reference: float | Non
                 f'stroke="{row.color}" stroke-width="3"/>'
             )
         if row.center is not None and scale.shows(row.center):
-            body.append(
-                f'<circle cx="{num(scale(row.center))}" cy="{num(y)}" r="4.4" fill="{row.color}">'
-                f"<title>{row.center:.5g}</title></circle>"
-            )
+            body.append(_mark(row, scale(row.center), y))
     return root(size, title, "".join(body))
+
+
+def _mark(row: DotRow, x: float, y: float) -> str:
+    title = f"<title>{row.center:.5g}</title>"
+    if row.mark == "square":
+        place = f'x="{num(x - 4.2)}" y="{num(y - 4.2)}" width="8.4" height="8.4"'
+        return f'<rect {place} fill="{row.color}">{title}</rect>'
+    look = f'fill="#fff" stroke="{row.color}" stroke-width="2"' if row.mark == "ring" else f'fill="{row.color}"'
+    return f'<circle cx="{num(x)}" cy="{num(y)}" r="4.4" {look}>{title}</circle>'
 
 
 def by_variant(results: Results, measure: str) -> Figure | None:
@@ -105,7 +125,9 @@ def by_variant(results: Results, measure: str) -> Figure | None:
     one = MEASURES[measure]
     base = results.summary(measure, BASELINE)
     title = one.label[0].upper() + one.label[1:]
-    svg = dot_plot(rows, Axis(f"{one.label} ({one.unit})"), title, base.mean if base else None)
+    # Where everything is 0 an axis around it would speak of a negative number of dead experts.
+    low = None if any(any(row.points) for row in rows) else 0.0
+    svg = dot_plot(rows, Axis(f"{one.label} ({one.unit})", low=low), title, base.mean if base else None)
     caption = "Circles are seeds, the dot with its bar is mean ± standard error" + (
         ", the dashed line the dense baseline." if base else "."
     )
@@ -121,13 +143,13 @@ def claim_plot(results: Results) -> list[Figure]:
                 continue
             low, high = (one.interval.low, one.interval.high) if one.interval else (None, None)
             label = f"{one.comparison.a} - {one.comparison.b}"
-            mean, color = summary(one.differences).mean, VERDICT_COLORS[one.verdict]
-            row = DotRow(label, one.differences, mean, low, high, color)
+            mean, look = summary(one.differences).mean, VERDICT_MARKS[one.verdict]
+            row = DotRow(label, one.differences, mean, low, high, *look)
             # Two claims may rest on the same comparison.
             if row not in rows.setdefault(judged.measure, []):
                 rows[judged.measure].append(row)
     caption = "Circles are seeds, the bar is the bootstrap interval. Left of 0 the first is lower. "
-    caption += "Green: shown; orange: contradicted; grey: not shown (also in the table)."
+    caption += "Green dot: shown; orange square: contradicted; grey ring: not shown."
     return [
         Figure(
             f"Claims about the {MEASURES[measure].label}",
@@ -139,20 +161,27 @@ def claim_plot(results: Results) -> list[Figure]:
 
 
 def curves(results: Results) -> Figure | None:
-    """Validation loss over steps, the mean over seeds, one line for each variant."""
+    """Validation loss over steps, the mean over seeds, one line for each variant that is trained."""
     series = []
-    for i, name in enumerate(results.plan.variants):
+    trained = [
+        name
+        for name in results.plan.variants
+        if name == BASELINE or results.plan.study.variants[name].evaluates is None
+    ]
+    for i, name in enumerate(trained):
         found = [one.curve for one in results.measured[name].values() if one.curve.steps]
         if not found:
             continue
         steps, losses = mean_curve(found)
-        color = INK if name == BASELINE else SERIES[(i - 1) % len(SERIES)]
-        series.append(Series(name, steps, losses, color, markers=True, dash=_DASHES[(i // len(SERIES)) % len(_DASHES)]))
+        color = INK if name == BASELINE else _COLORS[(i - 1) % len(_COLORS)]
+        series.append(Series(name, steps, losses, color, markers=True, dash=_DASHES[i % len(_DASHES)]))
     if not series:
         return None
     last = max(series[0].x)
-    svg = line_chart(series, Axis("step", low=0, high=last, integer=True), Axis("nats / token"), "Validation loss")
-    return Figure("Validation loss over steps", "Mean over the finished seeds.", svg)
+    x, y = Axis("step", low=0, high=last, integer=True), Axis("validation loss (nats / token)")
+    svg = line_chart(series, x, y, "Validation loss", size=Size(480, 300))
+    caption = "Mean over the finished seeds; the plot of the last values shows how far they lie apart."
+    return Figure("Validation loss over steps", caption, svg)
 
 
 def mean_curve(found: Sequence[Curve]) -> tuple[list[int], list[float | None]]:

@@ -210,7 +210,7 @@ def variant_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     columns = [name for name in COLUMNS if results.values.get(name)]
     main = MEASURES[study.measure]
     head = ["variant", f"{main.label} ({main.unit})", "n", f"paper ({study.unit})" if study.unit else "paper"]
-    head += ["parameters", "FLOPs / baseline", *(MEASURES[name].label for name in columns)]
+    head += ["parameters", "FLOPs / baseline", *(f"{MEASURES[name].label} ({MEASURES[name].unit})" for name in columns)]
     rows = []
     for name in results.plan.variants:
         cost, found, paper = results.plan.costs[name], results.summary(study.measure, name), paper_number(results, name)

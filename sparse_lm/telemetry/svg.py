@@ -83,10 +83,11 @@ def text(x: float, y: float, words: str, anchor: str = "start", fill: str = MUTE
 
 
 def root(size: Size, title: str, body: str, data: str = "") -> str:
-    """The `<svg>` element around a chart; `data` holds further attributes."""
+    """The `<svg>` element around a chart, white so that it is read on a dark page too; `data`: further attributes."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {size.width} {size.height}" role="img" '
-        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="11"{data}>{body}</svg>'
+        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="11" '
+        f'style="background:#fff"{data}>{body}</svg>'
     )
 
 

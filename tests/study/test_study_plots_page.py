@@ -11,6 +11,7 @@ from sparse_lm.study.measures import Curve
 from sparse_lm.study.page import render, write_page
 from sparse_lm.study.plots import DotRow, by_variant, claim_plot, curves, dot_plot, figures, mean_curve
 from sparse_lm.study.results import gather
+from sparse_lm.study.study import Variant
 from sparse_lm.telemetry.axes import Axis
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -53,6 +54,42 @@ def test_figures_cover_measures_claims_and_curves(results):
     for figure in figures(results):
         ET.fromstring(figure.svg)
     assert by_variant(results, "entropy_gap") is None
+
+
+def test_verdicts_differ_in_form(results):
+    drawn = claim_plot(results)[0].svg
+    names = [t.text for t in ET.fromstring(drawn).iter(f"{SVG}text")]
+    assert "four - dense" in names and 'r="4.4" fill="#009e73"' in drawn  # shown
+    rows = [DotRow(mark, [1.0], 1.0, 0.5, 2.0, "#000", mark) for mark in ("dot", "square", "ring")]
+    tree = ET.fromstring(dot_plot(rows, Axis("x"), "t"))
+    big = [one for one in tree.iter() if one.tag == f"{SVG}rect" or one.get("r") == "4.4"]
+    assert [(one.tag.removeprefix(SVG), one.get("fill")) for one in big] == [
+        ("circle", "#000"),
+        ("rect", "#000"),
+        ("circle", "#fff"),
+    ]
+
+
+def test_an_axis_of_zeros_starts_there(tmp_path):
+    plan = study_cases.plan(2)
+    for run in plan.runs:
+        study_cases.pretend(tmp_path, run, 1.0, dropped_fraction=0.0)
+    figure = by_variant(gather(plan, tmp_path), "dropped")
+    assert figure is not None
+    ticks = [t.text for t in ET.fromstring(figure.svg).iter(f"{SVG}text") if t.get("text-anchor") == "middle"]
+    assert ticks[0] == "0" and not any(str(tick).startswith("-") for tick in ticks)
+
+
+def test_learning_curves_are_told_apart_and_of_trainings_only(tmp_path):
+    many = {f"v{i}": Variant({"model__moe__expert_dropout": i / 100}) for i in range(10)}
+    plan = study_cases.plan(1, variants=many | {"again": Variant(evaluates="v1")}, claims=())
+    for run in plan.runs:
+        study_cases.pretend(tmp_path, run, 1.0)
+    figure = curves(gather(plan, tmp_path))
+    assert figure is not None
+    lines = [one for one in ET.fromstring(figure.svg).iter(f"{SVG}path") if one.get("class") == "series"]
+    assert [one.get("data-name") for one in lines] == ["dense", *many]
+    assert len({(one.get("stroke"), one.get("stroke-dasharray")) for one in lines}) == 11
 
 
 def test_nothing_to_draw(tmp_path):
