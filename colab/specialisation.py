@@ -87,7 +87,7 @@ found = analyze(RUN, Options(batches=16, effect_batches=8))
 # never quite zero, and only what is above the shuffled one says something.
 
 # %%
-for kind in found.specialisation:
+for kind in found.feed_forward.specialisation:
     for layer, x in enumerate(kind.information, start=1):
         print(f"{kind.kind:12} layer {layer}: {x.bits:.3f} bits of {x.entropy:.3f}, shuffled at most {x.highest:.3f}")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from sparse_lm.analysis.run import Analysis, InFeedForward
 from sparse_lm.batch import Batch
 from sparse_lm.config import to_dict
 from sparse_lm.data.loader import build_dataset, validation_batches
@@ -46,6 +47,12 @@ def write_run(workdir: pathlib.Path, seeds: dict[int, int], fingerprint: str | N
         for step, seed in seeds.items():
             checkpoints.save(step, {"model": model(seed, **changes)}, {}, loss=float(step), force=True)
     return workdir
+
+
+def inside(found: Analysis) -> InFeedForward:
+    """What was found of the feed-forward experts, which have to be there."""
+    assert found.feed_forward is not None
+    return found.feed_forward
 
 
 def choice(expert: Any, gate: Any = None) -> TokenChoice:

@@ -10,25 +10,22 @@ import numpy as np
 
 from sparse_lm.analysis.intervene import Effects
 from sparse_lm.analysis.observe import drop_shares, loads
-from sparse_lm.analysis.run import Analysis, Specialisation
+from sparse_lm.analysis.run import Analysis, InFeedForward, Specialisation
 
 
 def as_json(found: Analysis, command: str = "") -> dict[str, Any]:
-    """Everything that the page shows, and more digits of it. Layers and experts are lists, counted from 0."""
-    observed = found.observed
-    pairs = found.pairs_NEE
-    own = np.maximum(np.einsum("nii->ni", pairs), 1)
-    return {
+    """Everything that the page shows, and more digits of it. Layers and experts are lists, counted from 0.
+
+    Without experts in the feed-forward layers what is said of those is not there.
+    """
+    content = {
         "command": command,
         "workdir": str(found.workdir),
         "step": found.loaded.step,
         "options": dataclasses.asdict(found.options),
-        "tokens": len(observed.tokens.id_M),
+        "tokens": len(found.tokens.id_M),
         "domains": list(found.domains),
         "data_of_the_run": found.expected_data,
-        "experts": list(found.experts),
-        "load": loads(observed.expert_NMK, observed.num_experts).tolist(),
-        "specialisation": {one.kind: _specialisation(one) for one in found.specialisation},
         "attention": None
         if found.attention is None
         else {
@@ -36,16 +33,27 @@ def as_json(found: Analysis, command: str = "") -> dict[str, Any]:
             "load": found.attention.load_NE.tolist(),
             "specialisation": {one.kind: _specialisation(one) for one in found.attention.specialisation},
         },
+    }
+    return content if found.feed_forward is None else content | _feed_forward(found, found.feed_forward)
+
+
+def _feed_forward(found: Analysis, inside: InFeedForward) -> dict[str, Any]:
+    observed, pairs = inside.observed, inside.pairs_NEE
+    own = np.maximum(np.einsum("nii->ni", pairs), 1)
+    return {
+        "experts": list(inside.experts),
+        "load": loads(observed.expert_NMK, observed.num_experts).tolist(),
+        "specialisation": {one.kind: _specialisation(one) for one in inside.specialisation},
         "saturation": {
-            "steps": list(found.saturation.steps),
-            "share": plain(found.saturation.share_XN),
-            "unrelated": found.saturation.chance,
+            "steps": list(inside.saturation.steps),
+            "share": plain(inside.saturation.share_XN),
+            "unrelated": inside.saturation.chance,
         },
         "coactivation": plain(pairs / own[:, :, None]),
         "dropped_by_position": plain(drop_shares(observed.routed_NP, observed.dropped_NP)),
-        "vocabulary": [[dataclasses.asdict(words) for words in layer] for layer in found.words],
-        "removal": _effects(found, found.removal),
-        "forcing": _effects(found, found.forcing),
+        "vocabulary": [[dataclasses.asdict(words) for words in layer] for layer in inside.words],
+        "removal": _effects(found, inside.removal),
+        "forcing": _effects(found, inside.forcing),
     }
 
 

@@ -54,7 +54,7 @@ class Observed:
 
 
 def check_sparse(model: ModelConfig) -> MoEConfig:
-    """The sparse part of a configuration. Raises `ConfigError` when there are no experts that tokens choose."""
+    """The sparse feed-forward part. Raises `ConfigError` when there are no experts in it that tokens choose."""
     if model.moe is None:
         way_out = "the run is dense in its feed-forward layers: it has no experts to look into; take a sparse run"
         raise ConfigError("model.moe", None, way_out)
@@ -65,9 +65,19 @@ def check_sparse(model: ModelConfig) -> MoEConfig:
     return model.moe
 
 
-def batch_rows(moe: MoEConfig, length: int) -> int:
+def chosen_experts(model: ModelConfig) -> MoEConfig | None:
+    """The sparse part where tokens choose its experts, None where only the attention has such experts.
+
+    Raises `ConfigError` when there are none at all.
+    """
+    if model.attention is not None and (model.moe is None or model.moe.router.kind == "soft"):
+        return None
+    return check_sparse(model)
+
+
+def batch_rows(moe: MoEConfig | None, length: int) -> int:
     """Rows of a batch: `ROWS`, and more where routing groups ask for it."""
-    together = rows_together(moe, length)
+    together = 1 if moe is None else rows_together(moe, length)
     return together * -(-ROWS // together)
 
 

@@ -21,6 +21,7 @@ from sparse_lm.analysis.observe import (
     Tokens,
     batch_rows,
     check_sparse,
+    chosen_experts,
     loads,
     observe,
     observe_attention,
@@ -83,18 +84,12 @@ class InAttention:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Analysis:
-    """All that the page says. experts: their names. expected_data: False when the held-out text is not the run's.
-    attention: None where the attention has no experts.
+class InFeedForward:
+    """Of the experts in the sparse layers. experts: their names.
 
     pairs_NEE: tokens that chose both experts, on the diagonal the one. removal, forcing: None where they were left out.
     """
 
-    workdir: Path
-    loaded: Loaded
-    options: Options
-    domains: tuple[str, ...]
-    expected_data: bool
     experts: tuple[str, ...]
     observed: Observed
     specialisation: tuple[Specialisation, ...]
@@ -103,32 +98,73 @@ class Analysis:
     words: tuple[tuple[ExpertWords, ...], ...]
     removal: Effects | None
     forcing: Effects | None
-    attention: InAttention | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """All that the page says. expected_data: False when the held-out text is not the run's.
+
+    tokens: that were looked at. feed_forward, attention: None where tokens choose no experts there; never both.
+    """
+
+    workdir: Path
+    loaded: Loaded
+    options: Options
+    domains: tuple[str, ...]
+    expected_data: bool
+    tokens: Tokens
+    feed_forward: InFeedForward | None
+    attention: InAttention | None
 
     def all_specialisation(self) -> tuple[tuple[str, tuple[Specialisation, ...]], ...]:
-        """Of the feed-forward experts, and of those in attention, each with what to add to its name."""
-        there = () if self.attention is None else ((" in attention", self.attention.specialisation),)
-        return (("", self.specialisation), *there)
+        """Of the feed-forward experts, and of those in attention, where there are any, with what to add to the name."""
+        parts = (("", self.feed_forward), (" in attention", self.attention))
+        return tuple((where, part.specialisation) for where, part in parts if part is not None)
 
 
 def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], None] = print) -> Analysis:
     """Loads a run, routes held-out rows through it, and measures. The run is only read. `tell` gets lines of progress.
 
-    Raises `ConfigError` when there is no run, it is dense, or its experts are not chosen by tokens, and
-    `CheckpointError` when there is no such checkpoint.
+    Raises `ConfigError` when there is no run, or no experts in it that tokens choose, and `CheckpointError` when there
+    is no such checkpoint.
     """
     info = read_info(workdir)
     if info is not None:
-        check_sparse(info.experiment.model)  # before any data is read
+        chosen_experts(info.experiment.model)  # before any data is read
     loaded = load_model(workdir, options.step, options.best)
     experiment = loaded.experiment
-    moe = check_sparse(experiment.model)
     dataset = build_dataset(experiment.data, experiment.seed if experiment.data_seed is None else experiment.data_seed)
-    batches = validation_batches(dataset, batch_rows(moe, experiment.data.length), options.batches)
+    rows = batch_rows(experiment.model.moe, experiment.data.length)
+    batches = validation_batches(dataset, rows, options.batches)
+    tokens = tokens_of(batches)
+    tell(f"step {loaded.step}: {len(tokens.id_M):,} held-out tokens")
     of_domain = languages(experiment.data, dataset.domains, options.languages)
+    kinds = label_kinds(tokens, loaded, dataset.domains, of_domain)
+    feed_forward = None
+    if chosen_experts(experiment.model) is not None:
+        feed_forward = _in_feed_forward((workdir, loaded, dataset), batches, kinds, options, tell)
+    return Analysis(
+        workdir,
+        loaded,
+        options,
+        dataset.domains,
+        info is None or info.fingerprint == dataset.fingerprint,
+        tokens,
+        feed_forward,
+        _in_attention(loaded, batches, kinds, options.shuffles),
+    )
+
+
+def _in_feed_forward(
+    run: tuple[Path, Loaded, Dataset],
+    batches: Sequence[Batch],
+    kinds: Kinds,
+    options: Options,
+    tell: Callable[[str], None],
+) -> InFeedForward:
+    workdir, loaded, dataset = run
+    moe = check_sparse(loaded.experiment.model)
     observed = observe(loaded.model, batches)
-    kinds = label_kinds(observed.tokens, loaded, dataset.domains, of_domain)
-    tell(f"step {loaded.step}: routed {len(observed.tokens.id_M):,} held-out tokens")
     words = tuple(
         vocabulary(observed.tokens, expert_MK, gate_MK, observed.num_experts, loaded.tokenizer)
         for expert_MK, gate_MK in zip(observed.expert_NMK, observed.gate_NMK, strict=True)
@@ -137,12 +173,7 @@ def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], N
     history = saturation_over(workdir, loaded.step, batches, observed.decisions, chance)
     tell(f"checkpoints that are kept, and compared: {', '.join(map(str, history.steps))}")
     removal, forcing = _effects(loaded, batches, dataset, options, tell)
-    return Analysis(
-        workdir,
-        loaded,
-        options,
-        dataset.domains,
-        info is None or info.fingerprint == dataset.fingerprint,
+    return InFeedForward(
         expert_names(moe),
         observed,
         specialisations(observed.expert_NMK, observed.num_experts, kinds, options.shuffles),
@@ -151,7 +182,6 @@ def analyze(workdir: Path, options: Options = Options(), tell: Callable[[str], N
         words,
         removal,
         forcing,
-        _in_attention(loaded, batches, kinds, options.shuffles),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
+
 import analysis_cases as cases
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ def attention_of(found: Analysis) -> InAttention:
 
 
 def test_decisions_are_those_that_the_statistics_count(found):
-    model, tokens = found.loaded.model, len(found.observed.tokens.id_M)
+    model, tokens = found.loaded.model, len(found.tokens.id_M)
     loads = []
     forward = jax.jit(lambda model, *rows: model(*rows)[1])
     for batch in (jax.tree.map(jnp.asarray, batch) for batch in cases.BATCHES):
@@ -68,7 +70,7 @@ def test_tokens_stand_where_those_of_the_feed_forward_experts_stand(found):
 
 def test_what_they_specialise_in_is_found_like_the_others(found):
     attention = attention_of(found)
-    assert [one.kind for one in attention.specialisation] == [one.kind for one in found.specialisation]
+    assert [one.kind for one in attention.specialisation] == [one.kind for one in cases.inside(found).specialisation]
     for one in attention.specialisation:
         np.testing.assert_array_equal(one.counts_NEC.sum(2), attention.load_NE)
     # Which symbol it is decides about experts that see little else, also in an untrained model.
@@ -85,6 +87,27 @@ def test_the_page_and_the_json_have_them(found):
     assert f"{best.bits:.4f}" in page
     assert content["experts"] == list(attention.experts) and content["load"] == attention.load_NE.tolist()
     assert content["specialisation"]["domain"]["layers"][1]["bits"] == attention.specialisation[1].information[1].bits
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Analysis:
+    """Of a model whose feed-forward layers are dense."""
+    dense = changes("mixture") | {"model__moe": None}
+    workdir = cases.write_run(tmp_path_factory.mktemp("alone") / "a", {1: 0}, **dense)
+    return analyze(workdir, Options(batches=2, effect_batches=1, shuffles=2), lambda line: None)
+
+
+def test_experts_in_attention_alone(alone):
+    attention, tokens = attention_of(alone), len(alone.tokens.id_M)
+    assert alone.feed_forward is None and (attention.load_NE.sum(1) == 2 * tokens).all()
+    assert alone.all_specialisation() == ((" in attention", attention.specialisation),)
+    page, content = render(alone), as_json(alone)
+    ET.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
+    best = max(attention.specialisation[0].information, key=lambda one: one.excess)
+    assert "2 of 4" in page and f"{best.excess:.3g} bits" in page and "Of no domain" not in page
+    assert not any(words in page for words in ("Router saturation", "Without an expert", "among the sparse ones"))
+    assert content["attention"]["load"] == attention.load_NE.tolist() and content["tokens"] == tokens
+    assert not {"experts", "load", "saturation", "removal"} & set(content)
 
 
 def test_names_are_in_the_order_of_the_statistics():

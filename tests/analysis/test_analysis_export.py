@@ -20,6 +20,6 @@ def test_what_was_left_out_is_null(tmp_path):
     assert content["saturation"] == {"steps": [1], "share": [[1.0, 1.0]], "unrelated": 0.2}
     assert content["data_of_the_run"] is True and content["workdir"] == str(tmp_path / "a")
     words = json.loads(json.dumps(content, allow_nan=False))["vocabulary"][0]
-    assert len(words) == 5 and sum(expert["assignments"] for expert in words) == len(found.observed.tokens.id_M)
+    assert len(words) == 5 and sum(expert["assignments"] for expert in words) == len(found.tokens.id_M)
     assert "No token has two experts" in render(found) and "Left out." in render(found)
     assert "no other checkpoint" in render(found)

@@ -8,11 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.analysis.observe import batch_rows, by_row, check_sparse, drop_shares, loads, observe, tokens_of
+from sparse_lm.analysis.observe import (
+    batch_rows,
+    by_row,
+    check_sparse,
+    chosen_experts,
+    drop_shares,
+    loads,
+    observe,
+    tokens_of,
+)
 from sparse_lm.config import ConfigError
 from sparse_lm.data.loader import validation_batches
 from sparse_lm.evals.routing import record
 from sparse_lm.models.config import ModelConfig
+from sparse_lm.moe.attention.mixture import Mixture
 from sparse_lm.moe.config import BalanceConfig, MoEConfig
 from sparse_lm.moe.routers.hash import Hash
 from sparse_lm.moe.routers.soft import SoftMixture
@@ -92,7 +102,7 @@ def test_loads_by_hand():
 
 
 def test_rows_that_have_to_stay_together_do():
-    assert batch_rows(MoEConfig(), 16) == 8
+    assert batch_rows(MoEConfig(), 16) == batch_rows(None, 16) == 8
     assert batch_rows(MoEConfig(group_size=48), 16) == 9
     assert batch_rows(MoEConfig(group_size=20, grouping="position"), 16) == 20
 
@@ -112,6 +122,12 @@ def test_models_without_choices_are_refused():
     with pytest.raises(ConfigError, match=r"router\.kind='soft'.*chooses none"):
         check_sparse(ModelConfig(moe=soft))
     assert check_sparse(cases.config().model).num_experts == 4
+    attention = Mixture(num_experts=4, top_k=2)
+    for moe in (None, soft):
+        with pytest.raises(ConfigError):
+            chosen_experts(ModelConfig(moe=moe))
+        assert chosen_experts(ModelConfig(moe=moe, num_heads=4, num_kv_heads=2, attention=attention)) is None
+    assert chosen_experts(cases.config().model) == cases.config().model.moe
 
 
 def test_batches_come_from_the_dataset_of_the_cases():

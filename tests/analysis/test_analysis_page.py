@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.analysis.export import as_json, plain
-from sparse_lm.analysis.page import render, together_lift, write_analysis
+from sparse_lm.analysis.page import render, write_analysis
 from sparse_lm.analysis.run import Options, analyze
 
 
@@ -31,6 +31,7 @@ def words_of(page):
 
 
 def test_the_page_says_what_was_found(found):
+    inside = cases.inside(found)
     page = render(found, "python experiments/analyze.py --workdir='a <run>'")
     text = words_of(page)
     for heading in (
@@ -43,10 +44,10 @@ def test_the_page_says_what_was_found(found):
         "Without an expert, and with one alone",
     ):
         assert heading in text
-    best = max(x.bits for x in found.specialisation[1].information)
+    best = max(x.bits for x in inside.specialisation[1].information)
     assert f"{best:.4f}" in text and "grammar000" in text
     assert "python experiments/analyze.py --workdir='a <run>'" in text
-    worst = found.removal.change_NE.max()
+    worst = inside.removal.change_NE.max()
     assert f"{worst:+.4f} ±" in text
     assert not re.search(r"\bnan\b", text)
     cells = [cell.text for cell in parse(page).iter("td")]
@@ -59,14 +60,18 @@ def test_the_page_says_what_was_found(found):
 
 
 def test_what_was_left_out_is_said(found):
-    bare = dataclasses.replace(found, removal=None, forcing=None, expected_data=False)
-    silent = dataclasses.replace(found, specialisation=found.specialisation[:2])
-    assert "Of no domain is it known" in words_of(render(silent))
-    assert "Left out." in words_of(render(bare)) and "another fingerprint" in words_of(render(bare))
-    nothing = dataclasses.replace(found.observed, dropped_NP=np.zeros_like(found.observed.dropped_NP))
-    assert "Nothing was dropped" in words_of(render(dataclasses.replace(found, observed=nothing)))
-    alone = np.stack([np.diag(np.diag(layer)) for layer in found.pairs_NEE])
-    assert "No token has two experts" in words_of(render(dataclasses.replace(found, pairs_NEE=alone)))
+    inside = cases.inside(found)
+
+    def words(**changes):
+        return words_of(render(dataclasses.replace(found, feed_forward=dataclasses.replace(inside, **changes))))
+
+    assert "Of no domain is it known" in words(specialisation=inside.specialisation[:2])
+    assert "Left out." in words(removal=None, forcing=None)
+    assert "another fingerprint" in words_of(render(dataclasses.replace(found, expected_data=False)))
+    nothing = dataclasses.replace(inside.observed, dropped_NP=np.zeros_like(inside.observed.dropped_NP))
+    assert "Nothing was dropped" in words(observed=nothing)
+    alone = np.stack([np.diag(np.diag(layer)) for layer in inside.pairs_NEE])
+    assert "No token has two experts" in words(pairs_NEE=alone)
     renormalised = dataclasses.replace(found, options=dataclasses.replace(found.options, renormalise=True))
     assert "grow to the same sum" in words_of(render(renormalised))
 
@@ -79,15 +84,16 @@ def test_both_files_are_written(found):
 
 
 def test_json_holds_the_numbers(found):
+    inside = cases.inside(found)
     content = as_json(found)
     domain = content["specialisation"]["domain"]
     assert domain["labels"] == ["grammar000", "grammar001"]
-    assert domain["layers"][1]["bits"] == found.specialisation[1].information[1].bits
+    assert domain["layers"][1]["bits"] == inside.specialisation[1].information[1].bits
     assert set(domain["layers"][0]) == {
         *("bits", "entropy", "shuffled", "highest", "shuffles", "excess", "share", "within_chance")
     }
     np.testing.assert_array_equal(np.sum(domain["counts"], axis=(1, 2)), np.sum(content["load"], axis=1))
-    np.testing.assert_allclose(content["removal"]["change"], found.removal.change_NE)
+    np.testing.assert_allclose(content["removal"]["change"], inside.removal.change_NE)
     assert np.shape(content["forcing"]["change_by_domain"]) == (2, 4, 2)
     assert set(content["removal"]["loss_by_domain"]) == {"grammar000", "grammar001"}
     assert np.shape(content["coactivation"]) == (2, 4, 4)
@@ -102,11 +108,3 @@ def test_json_holds_the_numbers(found):
 def test_what_is_no_number_is_null():
     assert plain(np.array([[1.0, np.nan], [np.inf, 2.0]])) == [[1.0, None], [None, 2.0]]
     assert plain(float("nan")) is None and plain(np.float32(0.5)) == 0.5
-
-
-def test_pairs_against_independent_choices_by_hand():
-    # Of 8 tokens 4 have expert 0, 4 have 1, 2 have both: as by chance. Expert 2 always comes with 0.
-    pairs = np.array([[4, 2, 2, 0], [2, 4, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0]])
-    ratios = together_lift(pairs, 8)
-    assert ratios[0, 1] == 1.0 and ratios[0, 2] == ratios[2, 0] == 2.0 and ratios[1, 2] == 0
-    assert np.isnan(np.diag(ratios)).all() and np.isnan(ratios[3]).all()

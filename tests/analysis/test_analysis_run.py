@@ -29,26 +29,27 @@ def test_an_analysis_is_whole_and_leaves_the_run_alone(workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     lines: list[str] = []
     found = analyze(workdir, OPTIONS, lines.append)
+    inside = cases.inside(found)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     assert found.loaded.step == 6 and found.expected_data and found.domains == cases.DATASET.domains
-    assert found.saturation.steps == (3, 6) and found.saturation.chance == 0.5
-    assert [one.kind for one in found.specialisation] == ["token class", "domain", "language", "position"]
-    assert found.attention is None and found.all_specialisation() == (("", found.specialisation),)
-    assignments = 2 * len(found.observed.tokens.id_M)
-    for one in found.specialisation:
+    assert inside.saturation.steps == (3, 6) and inside.saturation.chance == 0.5
+    assert [one.kind for one in inside.specialisation] == ["token class", "domain", "language", "position"]
+    assert found.attention is None and found.all_specialisation() == (("", inside.specialisation),)
+    assignments = 2 * len(found.tokens.id_M)
+    for one in inside.specialisation:
         assert one.counts_NEC.shape == (2, 4, len(one.names)) and len(one.information) == 2
         assert (one.counts_NEC.sum((1, 2)) == assignments).all()
         assert all(x.shuffles == 3 and 0 <= x.bits <= x.entropy for x in one.information)
-    tokens = found.observed.tokens
-    by_document = specialisation(found.observed.expert_NMK[0], tokens.domain_M, (4, 2), tokens.part_M, 3)
-    assert found.specialisation[1].information[0] == by_document
+    tokens = found.tokens
+    by_document = specialisation(inside.observed.expert_NMK[0], tokens.domain_M, (4, 2), tokens.part_M, 3)
+    assert inside.specialisation[1].information[0] == by_document
     # A chain is a language.
-    assert found.specialisation[2].information == found.specialisation[1].information
-    assert found.specialisation[0].names == tuple(str(i) for i in range(8))
-    assert found.pairs_NEE.shape == (2, 4, 4) and (np.trace(found.pairs_NEE, axis1=1, axis2=2) == assignments).all()
-    assert [len(layer) for layer in found.words] == [4, 4] and found.experts == ("0", "1", "2", "3")
-    assert found.removal is not None and found.forcing is not None
-    assert (found.removal.kind, found.forcing.kind) == ("remove", "force")
+    assert inside.specialisation[2].information == inside.specialisation[1].information
+    assert inside.specialisation[0].names == tuple(str(i) for i in range(8))
+    assert inside.pairs_NEE.shape == (2, 4, 4) and (np.trace(inside.pairs_NEE, axis1=1, axis2=2) == assignments).all()
+    assert [len(layer) for layer in inside.words] == [4, 4] and inside.experts == ("0", "1", "2", "3")
+    assert inside.removal is not None and inside.forcing is not None
+    assert (inside.removal.kind, inside.forcing.kind) == ("remove", "force")
     assert sum("layers" in line for line in lines) == 4 and any(line.endswith("compared: 3, 6") for line in lines)
 
 
@@ -70,8 +71,9 @@ def test_languages_are_of_the_tokens_that_have_one(workdir):
 def test_another_step_and_without_the_long_part(workdir):
     options = Options(batches=1, effect_batches=0, shuffles=1, step=3)
     found = analyze(workdir, options, lambda line: None)
-    assert found.loaded.step == 3 and found.removal is None and found.forcing is None
-    np.testing.assert_array_equal(found.saturation.share_XN[0], 1.0)
+    inside = cases.inside(found)
+    assert found.loaded.step == 3 and inside.removal is None and inside.forcing is None
+    np.testing.assert_array_equal(inside.saturation.share_XN[0], 1.0)
     best = analyze(workdir, Options(batches=1, effect_batches=0, shuffles=1, best=True), lambda line: None)
     assert best.loaded.step == 3  # the lower loss
 
