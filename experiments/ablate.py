@@ -61,7 +61,7 @@ def main() -> None:
     elif PARALLEL.value > 1:
         more = [f"--devices={flags.FLAGS.devices}"] if flags.FLAGS.devices else []
         more += ["--retry"] if RETRY.value else []
-        status = run_processes([sys.executable, __file__, *options, *more], shard, PARALLEL.value)
+        status = run_processes([sys.executable, __file__, *options, *more], shard, PARALLEL.value).status
     else:
         ran = run_study(plan, directory, sys.stdout, shard, RETRY.value, after=write)
         status = 1 if ran.failed else 0

@@ -46,8 +46,8 @@ def main() -> None:
         command += [f"--workdir={workdir}", f"--scale={SCALE.value}"]
         count = 1 if plan.study.budget == "time" else max(1, min(PARALLEL.value, outstanding(plan, directory)))
         ended = run_processes(command, Shard(), count)
-        status = max(status, ended)
-        if ended == 0 and outstanding(plan, directory):  # a signal, after which the study ends with 0
+        status = max(status, ended.status)
+        if ended.stopped:
             print("stopped; the same command goes on from there")
             break
     out = Path(str(OUT.value))

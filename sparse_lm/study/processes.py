@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from sparse_lm.config import ConfigError
 from sparse_lm.study.plan import Plan
@@ -21,14 +22,24 @@ def check_side_by_side(plan: Plan, key: str, value: object) -> None:
         raise ConfigError(key, value, "equal wall time needs the machine for itself; leave it out")
 
 
-def run_processes(command: Sequence[str], shard: Shard, count: int) -> int:
-    """Runs `command --shard=i/n` for each of `count` parts of the shard; 0 when all end so, else the worst status.
+class Ended(NamedTuple):
+    """status: 0 when all processes ended so, else the worst one. stopped: whether a signal had asked them to end."""
+
+    status: int
+    stopped: bool
+
+
+def run_processes(command: Sequence[str], shard: Shard, count: int) -> Ended:
+    """Runs `command --shard=i/n` for each of `count` parts of the shard, and waits.
 
     SIGTERM and Ctrl-C are passed on to the processes, and waited for.
     """
+    stopped = False
     started = [subprocess.Popen([*command, f"--shard={part.index}/{part.count}"]) for part in shard.split(count)]
 
     def forward(number, _):
+        nonlocal stopped
+        stopped = True
         for process in started:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -37,4 +48,4 @@ def run_processes(command: Sequence[str], shard: Shard, count: int) -> int:
         while any(process.poll() is None for process in started):
             time.sleep(POLL_SECONDS)
     # A process that a signal killed has a negative status, which is a failure like others.
-    return max(abs(process.returncode) for process in started)
+    return Ended(max(abs(process.returncode) for process in started), stopped)
