@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -147,11 +146,11 @@ def to_svg(rows: Sequence[Row]) -> str:
     series = [
         Series(
             name,
-            [math.log2(row.setting[axis]) if row.setting[axis] > 0 else 0.0 for row in line],
+            [row.setting[axis] for row in line],
             [row.plan.peak / 1e9 if row.plan else None for row in line],
             SERIES[i % len(SERIES)],
             markers=True,
-            dash=_DASHES[i // len(SERIES) % len(_DASHES)],
+            dash=_DASHES[(i + i // len(SERIES)) % len(_DASHES)],
         )
         for i, (name, line) in enumerate(lines.items())
     ]
@@ -159,8 +158,8 @@ def to_svg(rows: Sequence[Row]) -> str:
     limits = [Reference(f"memory of {name}", chip.hbm / 1e9) for name, chip in chips.items()]
     title = f"Bytes per device over {axis}"
     height = 260 + 16 * (len(series) + len(limits)) // 2
-    label = Axis(f"log2 of {axis}")
-    return line_chart(series, label, Axis("GB per device", log=True), title, limits, Size(640, height))
+    x = Axis(axis, log=all(row.setting[axis] > 0 for row in rows))
+    return line_chart(series, x, Axis("GB per device", log=True), title, limits, Size(640, height))
 
 
 def _keys(rows: Sequence[Row]) -> list[str]:

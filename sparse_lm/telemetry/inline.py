@@ -10,7 +10,7 @@ from sparse_lm.telemetry.figures import Figure
 from sparse_lm.telemetry.page import cards, page
 
 PAGE_HEIGHT = 640  # pixels; what is longer scrolls within
-FIGURES_HEIGHT = 400
+FIGURES_HEIGHT = 500  # one row of figures with their words, at the width that a figure grows to
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ figcaption { margin: 1px 0 8px; min-height: 1.5em; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 26px 32px;
   margin: 14px 0; }
 .grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 20px 26px; }
-figure { margin: 0; min-width: 0; break-inside: avoid; }
+figure { margin: 0; min-width: 0; max-width: 600px; break-inside: avoid; }
 .small figure { max-width: 400px; }
 @supports (grid-template-rows: subgrid) { .grid, .grid.small { row-gap: 0; }
   figure { display: grid; grid-row: span 3; grid-template-rows: subgrid; margin-bottom: 26px; } }

@@ -88,7 +88,7 @@ def _tiles(run: RunData, bottom: Verdict) -> list[str]:
     if routing.is_sparse(run):
         tiles.append(tile("Dropped", percent(bottom.dropped), f"of assignments, {rows}"))
         violation = MISSING if bottom.max_violation is None else f"{bottom.max_violation:.2f}"
-        tiles.append(tile("Imbalance", violation, "busiest expert over the mean load"))
+        tiles.append(tile("Imbalance", violation, "busiest / mean load - 1"))
     total, active = (number(get(run.info, "parameters", key)) for key in ("total", "active"))
     if total is not None:
         detail = "all active for a token" if active in (None, total) else f"{compact(active)} active for a token"

@@ -19,6 +19,7 @@ from sparse_lm.telemetry.colors import MISSING_LEVEL, ColorScale, data_uri, png
 INK, MUTED, GRID = "#222222", "#5a5a5a", "#e4e4e4"
 CHAR = 6.3  # generous mean width of a character at font size 11, in pixels
 _LINE = 16
+_REFERENCE_DASHES = ("5 4", "1.5 3", "9 3 2 3")
 MARGIN = 26  # right of the plot: half of the widest tick label, which may stand at its very end
 
 
@@ -46,7 +47,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A dashed horizontal line at `value` with its name in the legend."""
+    """A dashed horizontal line at `value` with its name in the legend; the first three differ in their dashes."""
 
     name: str
     value: float
@@ -101,7 +102,8 @@ def line_chart(
 ) -> str:
     """Lines over a common x axis, with a legend when there is more than one thing to name."""
     names = [(s.name, s.color, 'stroke-opacity="0.28"' if s.faint else _dash(s.dash)) for s in series if s.legend]
-    names += [(r.name, INK, _dash("5 4")) for r in references]
+    dashes = [_dash(_REFERENCE_DASHES[i % len(_REFERENCE_DASHES)]) for i in range(len(references))]
+    names += [(r.name, INK, dash) for r, dash in zip(references, dashes, strict=True)]
     legend, legend_height = _legend(names, size.width) if len(names) > 1 or references else ("", 0)
     solid = [v for s in series if not s.faint for v in s.y] + [r.value for r in references]
     values = solid + [v for s in series if s.faint for v in _bulk(s.y)]
@@ -112,7 +114,7 @@ def line_chart(
     frame = Frame(14 + CHAR * max(map(len, y_labels), default=1), top, size.width - MARGIN, bottom)
     x_scale = make_scale(x, [v for s in series for v in s.x], frame.left, frame.right)
     body = [legend, y_axis(frame, y_scale, y_ticks, y_labels, y.label), x_axis(frame, x_scale, x)]
-    lines = [_reference(r, y_scale, frame) for r in references]
+    lines = [_reference(r, dash, y_scale, frame) for r, dash in zip(references, dashes, strict=True)]
     lines += [_line(s, x_scale, y_scale) for s in sorted(series, key=lambda s: not s.faint)]
     body.append(_clipped(frame, "".join(lines)))
     return root(size, title, "".join(body), _data("lines", frame, x_scale, y_scale))
@@ -148,13 +150,13 @@ def _line(series: Series, x_scale: Scale, y_scale: Scale) -> str:
     return path + "".join(f'<circle cx="{cx}" cy="{cy}" r="2.6" fill="{series.color}"/>' for cx, cy in dots)
 
 
-def _reference(reference: Reference, scale: Scale, frame: Frame) -> str:
+def _reference(reference: Reference, dash: str, scale: Scale, frame: Frame) -> str:
     if not scale.shows(reference.value):
         return ""
     y = num(scale(reference.value))
     return (
         f'<line x1="{num(frame.left)}" x2="{num(frame.right)}" y1="{y}" y2="{y}" stroke="{INK}" '
-        'stroke-width="1.2" stroke-dasharray="5 4"/>'
+        f'stroke-width="1.2" {dash}/>'
     )
 
 

@@ -88,7 +88,7 @@ def test_the_tiles_hold_the_bottom_line(tmp_path):
         "Throughput": ("12.3k", "tokens / s, last row"),
         "MFU": ("41.2%", "of the devices' FLOPs"),
         "Dropped": ("1.2%", "of assignments, last row"),
-        "Imbalance": ("0.40", "busiest expert over the mean load"),
+        "Imbalance": ("0.40", "busiest / mean load - 1"),
         "Parameters": ("12.3M", "4.57M active for a token"),
     }
 

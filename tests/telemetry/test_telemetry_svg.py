@@ -114,6 +114,13 @@ def test_a_reference_is_drawn_at_its_value_and_named():
     assert {"a", "best possible"} <= set(words(root))
 
 
+def test_references_differ_in_their_dashes_as_the_legend_says():
+    two = [Reference("one", 1.0), Reference("two", 2.0)]
+    root = parse(line_chart([Series("a", [0, 1], [1.0, 2.0], "#000")], X, Y, "t", two))
+    dashes = [line.get("stroke-dasharray") for line in root.iter("line") if line.get("stroke-dasharray")]
+    assert len(set(dashes)) == 2 and dashes[:2] == dashes[2:]
+
+
 def test_one_series_needs_no_legend_and_a_hidden_one_is_not_named():
     one = parse(line_chart([Series("alone", [0, 1], [1, 2], "#000")], X, Y, "t"))
     assert "alone" not in words(one)
