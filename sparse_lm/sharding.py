@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm.dims import LETTERS
-from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES
+from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, explicit_mesh, manual_axis_size
 
 Axes = str | tuple[str, ...] | None
 STORED = "DPQ"  # where storage cuts: the model's width, else (in latent attention) that of the latents
@@ -198,54 +198,6 @@ class Rules:
             return leaf
 
         return jax.tree.map(gather, tree, self.parameter_specs(tree))
-
-
-def manual_axis_size(axis: str) -> int:
-    """Size of a mesh axis inside a `shard_map`; 1 where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
-
-
-def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: what the mesh in use consists of, or what a program without a mesh would run on.
-
-    A mesh of devices that are not here, as for compilation ahead of time, counts.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
-def axis_index(axis: str) -> jax.Array | int:
-    """This device's place along a mesh axis inside a `shard_map`; 0 where no mesh is set."""
-    return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(axis)
-
-
-def sum_over(x: jax.Array, axis: str) -> jax.Array:
-    """Inside a `shard_map`: the sum of the devices' values along a mesh axis; `x` itself where no mesh is set."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, axis)
-
-
-def max_over(x: jax.Array, axis: str) -> jax.Array:
-    """Inside a `shard_map`: the largest of the devices' values along a mesh axis; `x` itself where no mesh is set."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.pmax(x, axis)
-
-
-def varying(x: jax.Array) -> jax.Array:
-    """Inside a `shard_map`: `x` declared to differ on every device; what enters a custom gradient has to be."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    aval = jax.typeof(x)
-    known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # renamed in jax 0.10
-    missing = tuple(axis for axis in mesh.axis_names if axis not in known)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def explicit_mesh() -> bool:
-    """Whether a mesh is set and arrays carry shardings; False in plain use without a mesh and inside a `shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
 def letters_of(path, ndim: int) -> str | None:

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparse_lm import sharding
 from sparse_lm.dims import LETTERS
-from sparse_lm.mesh import BATCH_AXES, TOKEN_AXES
+from sparse_lm.mesh import BATCH_AXES, TOKEN_AXES, explicit_mesh
 from sparse_lm.sharding import (
     DEFAULT,
     Rules,
@@ -102,15 +101,13 @@ def test_specs_refuse_a_mesh_axis_used_twice(kind, letters, axis):
 
 
 def test_mesh_awareness(mesh_of):
-    assert not sharding.explicit_mesh()
+    assert not explicit_mesh()
     with jax.set_mesh(mesh_of(data=2, model=4)):
-        assert sharding.explicit_mesh()
+        assert explicit_mesh()
         inside = []
-        jax.shard_map(lambda x: (inside.append(sharding.explicit_mesh()), x)[1], in_specs=P(), out_specs=P())(
-            jnp.ones(2)
-        )
+        jax.shard_map(lambda x: (inside.append(explicit_mesh()), x)[1], in_specs=P(), out_specs=P())(jnp.ones(2))
         assert inside == [False]
-    assert not sharding.explicit_mesh()
+    assert not explicit_mesh()
 
 
 @each_mesh
@@ -120,7 +117,7 @@ def test_gather_and_its_gradient(mesh_of, sizes):
     def loss(weight):
         used = DEFAULT.gather(weight, "DF", jnp.bfloat16)
         assert used.dtype == jnp.bfloat16
-        if sharding.explicit_mesh():
+        if explicit_mesh():
             assert jax.typeof(used).sharding.spec == P(None, "model")
         return DEFAULT.einsum("BD,DF->BF", DEFAULT.constrain(x, "BD"), used.astype(jnp.float32)).sum()
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sparse_lm import sharding
-from sparse_lm.mesh import MESH_AXES
+from sparse_lm.mesh import MESH_AXES, axis_index, manual_axis_size, max_over, sum_over, varying
 from sparse_lm.sharding import DEFAULT, Rules
 
 MESHES = [
@@ -30,7 +29,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def mlp(parameters, x_GD, scale):
     used = DEFAULT.gather_shards(parameters, ("fsdp",))
     hidden_GF = jnp.square(x_GD @ used["up_DF"])
-    return sharding.sum_over(hidden_GF @ used["down_FD"], "model") * scale
+    return sum_over(hidden_GF @ used["down_FD"], "model") * scale
 
 
 @each_mesh
@@ -73,12 +72,12 @@ def test_gather_shards_gathers_a_double_cut_in_order_and_casts(mesh_of):
 
 def test_helpers_inside_a_shard_map(mesh_of):
     def body(x):
-        place = sharding.axis_index("data")
-        total = sharding.sum_over(x, "data")
-        assert sharding.manual_axis_size("data") == 4
-        assert sharding.manual_axis_size("expert") == 2
-        everywhere = sharding.varying(jnp.ones(2))
-        assert sharding.varying(everywhere) is everywhere
+        place = axis_index("data")
+        total = sum_over(x, "data")
+        assert manual_axis_size("data") == 4
+        assert manual_axis_size("expert") == 2
+        everywhere = varying(jnp.ones(2))
+        assert varying(everywhere) is everywhere
         return total, x * 0 + place, everywhere
 
     with jax.set_mesh(mesh_of(data=4, expert=2)):
@@ -92,11 +91,11 @@ def test_helpers_inside_a_shard_map(mesh_of):
 
 def test_helpers_without_a_mesh():
     x = jnp.arange(3)
-    assert sharding.manual_axis_size("data") == 1
-    assert sharding.axis_index("model") == 0
-    assert sharding.sum_over(x, "data") is x
-    assert sharding.max_over(x, "data") is x
-    assert sharding.varying(x) is x
+    assert manual_axis_size("data") == 1
+    assert axis_index("model") == 0
+    assert sum_over(x, "data") is x
+    assert max_over(x, "data") is x
+    assert varying(x) is x
     assert DEFAULT.gather_shards({"up_DF": x}, ("fsdp",))["up_DF"] is x
 
 
@@ -126,7 +125,7 @@ def test_per_shard_sees_every_axis_cut_and_gives_each_group_its_result(mesh_of, 
 
     def body(x_BD, table_VD):
         seen.append((x_BD.shape[0], table_VD.shape[0]))
-        return sharding.max_over(jnp.max(x_BD @ table_VD.T, axis=1), "model")
+        return max_over(jnp.max(x_BD @ table_VD.T, axis=1), "model")
 
     expected = DEFAULT.per_shard(body, (x_BD, table_VD), ("BD", "VD"), "B")
     np.testing.assert_allclose(expected, (np.asarray(x_BD) @ np.asarray(table_VD).T).max(1), rtol=1e-5)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sparse_lm.mesh import platform
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
@@ -20,7 +21,7 @@ from sparse_lm.moe.stats import dispatch_stats, router_stats
 from sparse_lm.moe.types import Decision, LayerStats, Replay, RouterInputs, Soft, TokenChoice
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.nn.remat import named
-from sparse_lm.sharding import Rules, platform
+from sparse_lm.sharding import Rules
 
 
 class MoE(nnx.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.sharding import explicit_mesh
+from sparse_lm.mesh import explicit_mesh
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

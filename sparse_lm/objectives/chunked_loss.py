@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparse_lm.sharding import Rules, axis_index, max_over, sum_over, varying
+from sparse_lm.mesh import axis_index, max_over, sum_over, varying
+from sparse_lm.sharding import Rules
 
 
 def chunked_losses(

@@ -11,11 +11,12 @@ from attend_oracle import FEATURES
 from jax.sharding import NamedSharding
 
 from sparse_lm.config import ConfigError
+from sparse_lm.mesh import platform
 from sparse_lm.nn.attend import Softmax, attend, continued_sight, implementation_of, row_sight
 from sparse_lm.nn.attend import choose as choose_module
 from sparse_lm.nn.attend.kernels import splash
 from sparse_lm.nn.attend.shards import per_shard
-from sparse_lm.sharding import DEFAULT, platform
+from sparse_lm.sharding import DEFAULT
 
 ROW = row_sight(jnp.ones((1, 8), jnp.int32))
 CACHE = continued_sight(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 8), jnp.int32), 0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
+from sparse_lm.mesh import manual_axis_size
 from sparse_lm.moe.dispatch.base import Dispatcher, apply_experts
 from sparse_lm.moe.dispatch.gather import Routes
-from sparse_lm.sharding import manual_axis_size
 
 
 class AllToAll(Dispatcher):

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparse_lm.config import ConfigError
+from sparse_lm.mesh import axis_index, manual_axis_size, platform, sum_over
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.grouped import Grouped, Kernel, kernel_of
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import Decision, TokenChoice
-from sparse_lm.sharding import Rules, axis_index, manual_axis_size, platform, sum_over
+from sparse_lm.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparse_lm.mesh import varying
 from sparse_lm.moe.dispatch.base import Dispatcher
 from sparse_lm.moe.dispatch.gather import Routes
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.grouped import Kernel, Layout, grouped_product
 from sparse_lm.moe.slots import Placement
 from sparse_lm.moe.types import TokenChoice
-from sparse_lm.sharding import varying
 
 
 class Dropless(Dispatcher):

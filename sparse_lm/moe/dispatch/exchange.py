@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparse_lm.sharding import axis_index, manual_axis_size, platform
+from sparse_lm.mesh import axis_index, manual_axis_size, platform
 
 
 def exchange(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int, back: int) -> jax.Array:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparse_lm.mesh import varying
 from sparse_lm.moe.dispatch.base import Dispatcher, apply_experts
 from sparse_lm.moe.slots import Placement, place
-from sparse_lm.sharding import varying
 
 
 class Gather(Dispatcher):

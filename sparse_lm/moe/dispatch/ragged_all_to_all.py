@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from sparse_lm.mesh import axis_index, manual_axis_size
 from sparse_lm.moe.dispatch.base import Dispatcher
 from sparse_lm.moe.dispatch.dropless import experts_on_rows, loads, sorted_routes
 from sparse_lm.moe.dispatch.exchange import exchange, move
 from sparse_lm.moe.dispatch.gather import permuted
 from sparse_lm.moe.grouped import Layout
-from sparse_lm.sharding import axis_index, manual_axis_size
 
 
 class RaggedAllToAll(Dispatcher):

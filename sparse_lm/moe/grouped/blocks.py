@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.mesh import varying
 from sparse_lm.moe.grouped.layout import Kernel, Layout
-from sparse_lm.sharding import varying
 
 BLOCK = 256  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
 

@@ -9,12 +9,13 @@ import jax
 from jaxtyping import Array, Float
 
 from sparse_lm.config import ConfigError
+from sparse_lm.mesh import platform
 from sparse_lm.nn.attend.chunked import chunked
 from sparse_lm.nn.attend.kernels import CUDNN_WIDTHS, cudnn, splash, splash_block
 from sparse_lm.nn.attend.reference import reference
 from sparse_lm.nn.attend.shards import per_shard
 from sparse_lm.nn.attend.sight import Sight
-from sparse_lm.sharding import Rules, platform
+from sparse_lm.sharding import Rules
 
 Implementation = Literal["auto", "reference", "chunked", "splash", "cudnn"]
 PLATFORM = {"splash": "tpu", "cudnn": "gpu"}

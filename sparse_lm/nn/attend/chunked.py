@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparse_lm.mesh import varying
 from sparse_lm.nn.attend.context import AXIS, WHOLE, Pieces
 from sparse_lm.nn.attend.sight import Sight
-from sparse_lm.sharding import varying
 
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 Scoring = tuple[float, float | None]

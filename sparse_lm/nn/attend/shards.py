@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import jax
 
+from sparse_lm.mesh import explicit_mesh, varying
 from sparse_lm.nn.attend.context import WHOLE, balanced, exchange, of_pieces
 from sparse_lm.nn.attend.sight import Sight
-from sparse_lm.sharding import Rules, explicit_mesh, varying
+from sparse_lm.sharding import Rules
 
 
 def per_shard(body: Callable, operands: tuple, sight: Sight, rules: Rules, checked: bool) -> jax.Array:
