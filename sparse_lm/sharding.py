@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm.dims import LETTERS
 from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, explicit_mesh, manual_axis_size
+from sparse_lm.products import einsum
 
 Axes = str | tuple[str, ...] | None
 STORED = "DPQ"  # where storage cuts: the model's width, else (in latent attention) that of the latents
@@ -113,7 +114,7 @@ class Rules:
             pairs = zip(inputs.split(","), operands, strict=True)
             sizes = {axis: size for axes, x in pairs for axis, size in zip(axes, x.shape, strict=True)}
             out = self.act(letters, [sizes[letter] for letter in letters])
-        return jnp.einsum(subscripts, *operands, out_sharding=out, preferred_element_type=dtype)
+        return einsum(subscripts, *operands, out_sharding=out, dtype=dtype)
 
     def reshape(self, x: jax.Array, shape: tuple[int, ...], letters: str) -> jax.Array:
         """`jnp.reshape` to an activation with these axes."""

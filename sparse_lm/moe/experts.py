@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from sparse_lm.nn.init import fan_in_normal
 from sparse_lm.nn.mlp import GATED, activate
 from sparse_lm.nn.remat import named
+from sparse_lm.products import einsum
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Spread = Callable[[jax.Array], jax.Array]
@@ -62,7 +63,7 @@ class Experts(nnx.Module):
         """
         return self.on_rows(
             x_ERD,
-            lambda x_ERA, w_EAB: jnp.einsum("ERA,EAB->ERB", x_ERA, w_EAB),
+            lambda x_ERA, w_EAB: einsum("ERA,EAB->ERB", x_ERA, w_EAB),
             lambda bias_EA: bias_EA[:, None],
             ids_ER,
             key,

@@ -1,0 +1,88 @@
+"""Products of bfloat16 arrays on CPU: sums in float32, rounded once, forward and backward, on a mesh and inside one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sparse_lm.products import einsum
+from sparse_lm.sharding import DEFAULT
+
+SIZES = {"B": 2, "L": 24, "D": 40, "F": 16, "E": 2, "R": 24, "H": 4, "I": 8}
+CASES = ("BLD,DF->BLF", "ERD,EDF->ERF", "BLHI,HID->BLD", "BLD,FD->BLF")
+
+
+def operands(subscripts: str, dtype=jnp.bfloat16) -> list[jax.Array]:
+    """Both operands and a gradient of the result."""
+    rng = np.random.default_rng(0)
+    parts = subscripts.replace("->", ",").split(",")
+    return [jnp.asarray(rng.normal(size=[SIZES[letter] for letter in part]), dtype) for part in parts]
+
+
+def exact(subscripts: str, x, w, dy):
+    """Result and both gradients in float64."""
+    inputs, out = subscripts.split("->")
+    one, two = inputs.split(",")
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    product = np.einsum
+    return product(subscripts, x, w), product(f"{out},{two}->{one}", dy, w), product(f"{one},{out}->{two}", x, dy)
+
+
+def both_ways(subscripts: str, function=einsum):
+    def call(x, w, dy):
+        y, pull = jax.vjp(lambda x, w: function(subscripts, x, w), x, w)
+        return y, *pull(dy)
+
+    return jax.jit(call)
+
+
+def assert_rounded_once(got, expected):
+    """Within half a unit in the last of bfloat16's 8 bits, and a little for the order of float32 sums."""
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("subscripts", CASES)
+def test_sums_are_rounded_once(subscripts):
+    given = operands(subscripts)
+    assert_rounded_once(both_ways(subscripts)(*given), exact(subscripts, *given))
+
+
+def test_on_a_mesh(mesh_of):
+    """Weights cut and rows cut: the sums over devices are made in float32 as well."""
+    given = operands("BLD,DF->BLF")
+    with jax.set_mesh(mesh_of(data=2, fsdp=1, model=2)):
+
+        def layer(subscripts, x, w):
+            return DEFAULT.einsum(subscripts, x, DEFAULT.gather(w, "DF"))
+
+        placed = [DEFAULT.constrain(given[0], "BLD"), given[1], DEFAULT.constrain(given[2], "BLF")]
+        placed[1] = DEFAULT.shard_parameters({"up_DF": given[1]})["up_DF"]
+        got = both_ways("BLD,DF->BLF", layer)(*placed)
+        assert jax.typeof(got[2]).sharding.spec == P("fsdp", "model")
+        assert_rounded_once(got, exact("BLD,DF->BLF", *given))
+
+
+def test_inside_a_shard_map(mesh_of):
+    """A weight that all devices hold gets the sum of their gradients."""
+    x, w, dy = operands("BLD,DF->BLF")
+    with jax.set_mesh(mesh_of(data=2)):
+
+        def layer(subscripts, x, w):
+            return DEFAULT.per_shard(lambda x, w: einsum(subscripts, x, w), (x, w), ("BLD", "DF"), "BLF")
+
+        got = both_ways("BLD,DF->BLF", layer)(DEFAULT.constrain(x, "BLD"), w, DEFAULT.constrain(dy, "BLF"))
+    expected = exact("BLD,DF->BLF", x, w, dy)
+    assert_rounded_once(got[:2], expected[:2])
+    np.testing.assert_allclose(np.asarray(got[2], np.float64), expected[2], rtol=2**-6, atol=0.05)
+
+
+def test_other_types_are_left_alone():
+    x, w, dy = operands("BLD,DF->BLF", jnp.float32)
+    got, plain = both_ways("BLD,DF->BLF")(x, w, dy), both_ways("BLD,DF->BLF", jnp.einsum)(x, w, dy)
+    assert all(np.array_equal(one, other) for one, other in zip(got, plain, strict=True))
+    assert einsum("BLD,DF->BLF", *operands("BLD,DF->BLF")[:2], dtype=jnp.float32).dtype == jnp.float32
