@@ -6,7 +6,6 @@ The loop runs as often as there are blocks in use: work follows the loads, whate
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,37 +37,38 @@ class Blocks(Kernel):
     def times(self, x_RA, w_EXY, layout, transpose):
         """See `Kernel.times`."""
         inner, width = (1, w_EXY.shape[1]) if transpose else (0, w_EXY.shape[2])
+        x_RA, dtype = _bits(x_RA), x_RA.dtype
 
         def of_expert(expert, y):
             # The matrix is read out once per expert and not once per block.
-            w_XY = jax.lax.dynamic_index_in_dim(w_EXY, expert, keepdims=False)
+            w_XY = _values(jax.lax.dynamic_index_in_dim(_bits(w_EXY), expert, keepdims=False), w_EXY.dtype)
 
             def of_block(number, y):
                 start = (layout.first_E[expert] + number) * layout.size
-                rows = jax.lax.dynamic_slice_in_dim(x_RA, start, layout.size)
+                rows = _values(jax.lax.dynamic_slice_in_dim(x_RA, start, layout.size), dtype)
                 product = jax.lax.dot_general(
                     rows, w_XY, (((1,), (inner,)), ((), ())), preferred_element_type=jnp.float32
-                ).astype(x_RA.dtype)
-                return jax.lax.dynamic_update_slice_in_dim(y, product, start, 0)
+                ).astype(dtype)
+                return jax.lax.dynamic_update_slice_in_dim(y, _bits(product), start, 0)
 
-            return jax.lax.fori_loop(0, layout.number_E[expert], of_block, y)
+            return jax.lax.fori_loop(0, jnp.where(layout.fits, layout.number_E[expert], 0), of_block, y)
 
-        start = varying(jnp.zeros((x_RA.shape[0], width), x_RA.dtype))
-        return jax.lax.fori_loop(0, w_EXY.shape[0], of_expert, start)
+        # What no block is written over stays as it was: the same as `Layout.guarded`, without going over all rows.
+        nothing = jnp.where(layout.fits, 0.0, jnp.nan).astype(dtype)
+        start = varying(_bits(jnp.broadcast_to(nothing, (x_RA.shape[0], width))))
+        return _values(jax.lax.fori_loop(0, w_EXY.shape[0], of_expert, start), dtype)
 
     def outer(self, x_RD, dy_RF, layout):
         """See `Kernel.outer`."""
-        experts = layout.first_E.shape[0]
+        experts, dtype = layout.first_E.shape[0], x_RD.dtype
+        bits = _bits(x_RD), _bits(dy_RF)
 
         def of_expert(expert, dw):
             def of_block(number, total):
-                take = functools.partial(
-                    jax.lax.dynamic_slice_in_dim,
-                    start_index=(layout.first_E[expert] + number) * layout.size,
-                    slice_size=layout.size,
-                )
+                start = (layout.first_E[expert] + number) * layout.size
+                slices = (jax.lax.dynamic_slice_in_dim(one, start, layout.size) for one in bits)
                 # CPUs sum over rows of bfloat16 slowly, see `sparse_lm.products`.
-                x, dy = (take(one).astype(jnp.float32) for one in (x_RD, dy_RF))
+                x, dy = (_values(one, dtype).astype(jnp.float32) for one in slices)
                 return total + jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
             zero = varying(jnp.zeros(dw.shape[1:], jnp.float32))
@@ -77,3 +77,12 @@ class Blocks(Kernel):
 
         start = varying(jnp.zeros((experts, x_RD.shape[1], dy_RF.shape[1]), jnp.float32))
         return jax.lax.fori_loop(0, experts, of_expert, start)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as integers: on CPU XLA turns all of a bfloat16 array to float32 and back to write a slice of it."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _values(bits: jax.Array, dtype) -> jax.Array:
+    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)

@@ -62,6 +62,12 @@ class Layout:
         """Whether no count is negative and all blocks have room."""
         return jnp.all(self.number_E >= 0) & (self.used <= self.rows)
 
+    def guarded(self, y_RF: jax.Array) -> jax.Array:
+        """0 in rows that are not in use, and NaN everywhere where the counts do not fit."""
+        used_R1 = (jnp.arange(self.rows) < self.used)[:, None]
+        other = jnp.where(self.fits, 0.0, jnp.nan).astype(y_RF.dtype)
+        return jnp.where(used_R1 & self.fits, y_RF, other)
+
     @property
     def expert_R(self) -> Int[Array, "R"]:
         """The expert of each row; the last one for rows that are not in use."""
@@ -91,7 +97,8 @@ class Kernel(abc.ABC):
     def times(self, x_RA: jax.Array, w_EXY: jax.Array, layout: Layout, transpose: bool) -> jax.Array:
         """Rows times the matrices of their experts, or times their transposes; summed in float32, in x's dtype.
 
-        Rows of an expert that are zero give zero. What is in rows that are not in use does not matter.
+        Rows of an expert that are zero give zero, and so do rows that are not in use, whatever is in them. A layout
+        without room for its own counts gives NaN everywhere.
         """
 
     @abc.abstractmethod
@@ -108,7 +115,7 @@ def grouped_product(
     Between the rows of an expert and the end of its last block x has to be 0. A layout without room for its own counts
     gives NaN everywhere: no kernel says so by itself, and what it would compute looks like any other number.
     """
-    return _guarded(kernel.times(x_RD, w_EDF, layout, transpose=False), layout)
+    return kernel.times(x_RD, w_EDF, layout, transpose=False)
 
 
 def _forward(x_RD, w_EDF, layout, kernel):
@@ -117,14 +124,8 @@ def _forward(x_RD, w_EDF, layout, kernel):
 
 def _backward(kernel, saved, dy_RF):
     x_RD, w_EDF, layout = saved
-    dx_RD = _guarded(kernel.times(dy_RF, w_EDF, layout, transpose=True), layout)
+    dx_RD = kernel.times(dy_RF, w_EDF, layout, transpose=True)
     return dx_RD, kernel.outer(x_RD, dy_RF, layout).astype(w_EDF.dtype), None
 
 
 grouped_product.defvjp(_forward, _backward)
-
-
-def _guarded(y_RF: jax.Array, layout: Layout) -> jax.Array:
-    used_R1 = (jnp.arange(layout.rows) < layout.used)[:, None]
-    other = jnp.where(layout.fits, 0.0, jnp.nan).astype(y_RF.dtype)
-    return jnp.where(used_R1 & layout.fits, y_RF, other)

@@ -36,7 +36,7 @@ class Megablox(Kernel):
         inner, width = w_EXY.shape[:0:-1] if transpose else w_EXY.shape[1:]
         tiling = (ROWS, min(inner, WIDTH), min(width, WIDTH))
         options = {"tiling": tiling, "transpose_rhs": transpose, "interpret": self.interpret}
-        return gmm(x_RA, w_EXY, layout.number_E, x_RA.dtype, **options)
+        return layout.guarded(gmm(x_RA, w_EXY, layout.number_E, x_RA.dtype, **options))
 
     def outer(self, x_RD, dy_RF, layout):
         """See `Kernel.outer`."""

@@ -29,7 +29,7 @@ class RaggedDot(Kernel):
     def times(self, x_RA, w_EXY, layout, transpose):
         """See `Kernel.times`."""
         numbers = _numbers((1, 2 if transpose else 1), grouped=True)
-        return self._product(x_RA, w_EXY, layout.number_E, numbers).astype(x_RA.dtype)
+        return layout.guarded(self._product(x_RA, w_EXY, layout.number_E, numbers).astype(x_RA.dtype))
 
     def outer(self, x_RD, dy_RF, layout):
         """See `Kernel.outer`."""
