@@ -85,7 +85,7 @@ def test_data_that_changed_are_noticed(tmp_path):
 
 
 def test_a_dense_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
-    cases.write_run(tmp_path / "a", {1: 0}, model__moe=None)
+    cases.write_run(tmp_path / "a", {}, model__moe=None)
     monkeypatch.setattr("sparse_lm.analysis.run.build_dataset", lambda *_: pytest.fail("read the data"))
     with pytest.raises(ConfigError, match=r"model\.moe=None.*dense.*sparse run"):
         analyze(tmp_path / "a")

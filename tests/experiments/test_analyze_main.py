@@ -28,19 +28,19 @@ def test_a_page_beside_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "words"),
+    ("seeds", "changes", "arguments", "words"),
     [
-        ({"model__moe": None}, [], "model.moe=None is"),
-        ({}, ["--best", "--step=1"], "step=1"),
-        ({}, ["--step=7"], "no such step"),
-        ({}, ["--languages=grammar001="], "languages='grammar001='"),
-        (None, [], "holds no run"),
+        ({}, {"model__moe": None}, [], "model.moe=None is"),
+        ({}, {}, ["--best", "--step=1"], "step=1"),
+        ({1: 0}, {}, ["--step=7"], "no such step"),
+        ({}, {}, ["--languages=grammar001="], "languages='grammar001='"),
+        (None, {}, [], "holds no run"),
     ],
     ids=["dense", "both", "absent", "language", "empty"],
 )
-def test_a_mistake_is_one_line(tmp_path, changes, arguments, words):
-    if changes is not None:
-        cases.write_run(tmp_path, {1: 0}, **changes)
+def test_a_mistake_is_one_line(tmp_path, seeds, changes, arguments, words):
+    if seeds is not None:
+        cases.write_run(tmp_path, seeds, **changes)
     status, _, errors = mains.call("analyze", f"--workdir={tmp_path}", *arguments)
     assert status == 2 and "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
