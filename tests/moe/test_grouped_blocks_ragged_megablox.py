@@ -101,7 +101,7 @@ def test_there_is_always_room_for_blocks(counts):
     np.testing.assert_array_equal(layout.first_E, np.cumsum(layout.number_E) - layout.number_E)
 
 
-@pytest.mark.parametrize(("rows", "experts", "size"), [(8192, 8, 256), (8192, 128, 32), (16, 8, 8), (1, 64, 8)])
+@pytest.mark.parametrize(("rows", "experts", "size"), [(8192, 8, 128), (8192, 128, 32), (16, 8, 8), (1, 64, 8)])
 def test_blocks_shrink_where_they_would_be_half_empty(rows, experts, size):
     assert block_size(rows, experts) == size
 

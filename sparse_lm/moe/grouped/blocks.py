@@ -1,11 +1,14 @@
 """Grouped products as loops over blocks of rows that are ordinary matrix products: for CPUs, and right anywhere.
 
-The loop runs as often as there are blocks in use: work follows the loads, whatever they are.
+The loops run as often as there are blocks in use: work follows the loads, whatever they are. Neighbouring blocks of an
+expert are multiplied together, up to `TOGETHER`, as the binary digits of their number say.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,8 @@ import jax.numpy as jnp
 from sparse_lm.mesh import varying
 from sparse_lm.moe.grouped.layout import Kernel, Layout
 
-BLOCK = 256  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
+BLOCK = 128  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
+TOGETHER = 8  # blocks in one product at most; a power of two
 
 
 def block_size(rows: int, experts: int) -> int:
@@ -43,15 +47,14 @@ class Blocks(Kernel):
             # The matrix is read out once per expert and not once per block.
             w_XY = _values(jax.lax.dynamic_index_in_dim(_bits(w_EXY), expert, keepdims=False), w_EXY.dtype)
 
-            def of_block(number, y):
-                start = (layout.first_E[expert] + number) * layout.size
-                rows = _values(jax.lax.dynamic_slice_in_dim(x_RA, start, layout.size), dtype)
+            def of_rows(start, size, y):
+                rows = _values(jax.lax.dynamic_slice_in_dim(x_RA, start, size), dtype)
                 product = jax.lax.dot_general(
                     rows, w_XY, (((1,), (inner,)), ((), ())), preferred_element_type=jnp.float32
                 ).astype(dtype)
                 return jax.lax.dynamic_update_slice_in_dim(y, _bits(product), start, 0)
 
-            return jax.lax.fori_loop(0, jnp.where(layout.fits, layout.number_E[expert], 0), of_block, y)
+            return _over_rows(of_rows, expert, layout, y)
 
         # What no block is written over stays as it was: the same as `Layout.guarded`, without going over all rows.
         nothing = jnp.where(layout.fits, 0.0, jnp.nan).astype(dtype)
@@ -64,19 +67,35 @@ class Blocks(Kernel):
         bits = _bits(x_RD), _bits(dy_RF)
 
         def of_expert(expert, dw):
-            def of_block(number, total):
-                start = (layout.first_E[expert] + number) * layout.size
-                slices = (jax.lax.dynamic_slice_in_dim(one, start, layout.size) for one in bits)
+            def of_rows(start, size, total):
+                slices = (jax.lax.dynamic_slice_in_dim(one, start, size) for one in bits)
                 # CPUs sum over rows of bfloat16 slowly, see `sparse_lm.products`.
                 x, dy = (_values(one, dtype).astype(jnp.float32) for one in slices)
                 return total + jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
-            zero = varying(jnp.zeros(dw.shape[1:], jnp.float32))
-            total = jax.lax.fori_loop(0, layout.number_E[expert], of_block, zero)
+            total = _over_rows(of_rows, expert, layout, varying(jnp.zeros(dw.shape[1:], jnp.float32)))
             return jax.lax.dynamic_update_index_in_dim(dw, total, expert, 0)
 
         start = varying(jnp.zeros((experts, x_RD.shape[1], dy_RF.shape[1]), jnp.float32))
         return jax.lax.fori_loop(0, experts, of_expert, start)
+
+
+def _over_rows(of_rows: Callable[[jax.Array, int, Any], Any], expert: jax.Array, layout: Layout, carry: Any) -> Any:
+    """`carry = of_rows(first row, number of rows, carry)` over all blocks of an expert, several of them at a time."""
+    number = jnp.where(layout.fits, layout.number_E[expert], 0)
+    done = jnp.zeros_like(number)
+    most = together = min(TOGETHER, 1 << layout.total.bit_length() - 1)  # no product has more rows than there are
+    while together:
+        times = number // together if together == most else number // together % 2
+
+        def body(turn, carry, done=done, together=together):
+            start = (layout.first_E[expert] + done + turn * together) * layout.size
+            return of_rows(start, together * layout.size, carry)
+
+        carry = jax.lax.fori_loop(0, times, body, carry)
+        done = done + times * together
+        together //= 2
+    return carry
 
 
 def _bits(x: jax.Array) -> jax.Array:
