@@ -10,6 +10,7 @@ from sparse_lm.config import Config, ConfigError, from_dict, option, python_file
 from sparse_lm.data.config import DataConfig
 from sparse_lm.mesh import BATCH_AXES, MESH_AXES, mesh_shape
 from sparse_lm.models.config import ModelConfig
+from sparse_lm.models.pipeline import pipelined_segment
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.train.config import CheckpointConfig, MeshConfig, ShardingConfig, TrainConfig
 
@@ -101,7 +102,21 @@ class Experiment(Config):
             if value % math.prod(sizes[axis] for axis in axes):
                 ways = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
                 raise ConfigError(key, value, f"must be a multiple of {ways}, or change the mesh")
+        if sizes["stage"] > 1:
+            self._check_stages(sizes["stage"])
         return sizes
+
+    def _check_stages(self, stages: int) -> None:
+        pipelined_segment(self.model, stages)
+        together = self.train.pipeline_microbatches
+        key, number = ("pipeline_microbatches", together) if together else ("accumulate", self.train.accumulate)
+        if number % stages:
+            raise ConfigError(
+                f"train.{key}",
+                number,
+                f"must be a multiple of mesh.stage={stages}: each stage computes embedding and head of as many "
+                "microbatches",
+            )
 
     def _check_batch(self, sizes: dict[str, int]) -> None:
         microbatch = self.train.batch_size // self.train.accumulate

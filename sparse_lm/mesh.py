@@ -1,8 +1,9 @@
 """The device mesh: its axes, their sizes, how they lie over slices, and what code may ask of the one in use.
 
-A mesh has six axes, each possibly of size 1:
+A mesh has seven axes, each possibly of size 1:
 
 - `replica`: like `data`, over slices or nodes that only a slow network joins;
+- `stage`: layers are cut into groups, through which microbatches flow (pipeline parallelism);
 - `data`: copies of the parameters, each on its own sequences;
 - `fsdp`: like `data`, with the parameters and the optimizer state cut along D;
 - `expert`: like `data` for everything but the experts, which are cut along E;
@@ -23,7 +24,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-MESH_AXES = ("replica", "data", "fsdp", "expert", "context", "model")
+MESH_AXES = ("replica", "stage", "data", "fsdp", "expert", "context", "model")
 BATCH_AXES = ("replica", "data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
 _EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
@@ -78,28 +79,31 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
-    """How much of each mesh axis crosses slices: `replica` takes all it can, then `data`, then `fsdp`.
+    """How much of each mesh axis crosses slices: `replica` takes all it can, then `stage`, `data` and `fsdp`.
 
-    Raises `ValueError` when these axes do not hold a factor of the number of slices: the others move activations,
-    which a slow network must not carry.
+    Raises `ValueError` when these axes do not hold a factor of the number of slices: the others move activations in
+    every layer, which a slow network must not carry. Stages move those of one layer in many, and to a neighbour.
     """
     outer, left = [1] * len(MESH_AXES), slices
     for place, axis in enumerate(MESH_AXES):
-        if axis in ("replica", "data", "fsdp"):
+        if axis in ("replica", "stage", "data", "fsdp"):
             outer[place] = math.gcd(shape[place], left)
             left //= outer[place]
     if left > 1:
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} cannot be laid over {slices} slices: a multiple of that "
-            f"has to be in replica x data x fsdp; set mesh.replica={slices}"
+            f"has to be in replica x stage x data x fsdp; set mesh.replica={slices}"
         )
     return tuple(outer)
 
 
 def explicit_mesh() -> bool:
-    """Whether a mesh is set and arrays carry shardings; False in plain use without a mesh and inside a `shard_map`."""
+    """Whether a mesh is set and arrays carry shardings; False in plain use without a mesh and inside a `shard_map`.
+
+    On a stage of a pipeline they do: all axes but `stage` are explicit there.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+    return not mesh.empty and any(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
 def platform() -> str:
@@ -134,11 +138,14 @@ def max_over(x: jax.Array, axis: str) -> jax.Array:
 
 
 def varying(x: jax.Array) -> jax.Array:
-    """Inside a `shard_map`: `x` declared to differ on every device; what enters a custom gradient has to be."""
+    """Inside a `shard_map`: `x` declared to differ on every device; what enters a custom gradient has to be.
+
+    Not between stages: a `shard_map` inside of a pipeline works on one.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     aval = jax.typeof(x)
     known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # renamed in jax 0.10
-    missing = tuple(axis for axis in mesh.axis_names if axis not in known)
+    missing = tuple(axis for axis in mesh.axis_names if axis not in known and axis != "stage")
     return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -122,8 +122,12 @@ class Rules:
 
     def take_rows(self, table: jax.Array, rows: jax.Array, letters: str) -> jax.Array:
         """`table[rows]` of a table that every device holds whole, as an activation with axes `letters`."""
-        shape = (*rows.shape, *table.shape[1:])
-        return table.at[rows].get(out_sharding=self.act(letters, shape) if explicit_mesh() else None)
+        if not explicit_mesh():
+            return table[rows]
+        spec = self.act(letters, (*rows.shape, *table.shape[1:]))
+        places = PartitionSpec(*spec[: rows.ndim])
+        take = jax.shard_map(lambda table, rows: table[rows], in_specs=(PartitionSpec(), places), out_specs=spec)
+        return take(_reshard(table, PartitionSpec(*(None,) * table.ndim)), _reshard(rows, places))
 
     def parameter_specs(self, tree):
         """The partition of every leaf of a tree of parameters, or of anything shaped and named like them.
@@ -184,6 +188,17 @@ class Rules:
         specs = tuple(self.act(axes) for axes in letters)
         return jax.shard_map(body, in_specs=specs, out_specs=self.act(out))(*arrays)
 
+    def per_stage(self, body: Callable, own, shared):
+        """`body(own, shared)` on every stage of a pipeline; other mesh axes stay explicit in it, and arrays cut along.
+
+        own: a tree whose arrays, and those of the results, are cut along their first axis over `stage`. shared: a tree
+        that every stage has whole. Nothing else may be used inside. What differs between stages is not declared
+        (`check_vma`), since jax 0.10 loses count of it in the gradient of a `shard_map` inside of another.
+        """
+        specs = (PartitionSpec("stage"), PartitionSpec())
+        run = jax.shard_map(body, in_specs=specs, out_specs=specs[0], axis_names={"stage"}, check_vma=False)
+        return run(staged(own), staged(shared, cut=False))
+
     def gather_shards(self, tree, keep: tuple[str, ...] = (), dtype=None):
         """For use inside a `shard_map`: parameters all-gathered over all axes but `model` and those in `keep`.
 
@@ -214,6 +229,19 @@ def letters_of(path, ndim: int) -> str | None:
     return {len(letters): letters, len(letters) + 1: "N" + letters}.get(ndim)
 
 
+def staged(tree, cut: bool = True):
+    """The same arrays with their first axis cut over `stage`, or no longer cut over it; their other cuts stay."""
+
+    def laid_out(x: jax.Array) -> jax.Array:
+        if x.ndim == 0 or not explicit_mesh():
+            return x
+        first, *others = jax.typeof(x).sharding.spec
+        whole = "stage" not in _as_tuple(first)
+        return x if whole and not cut else _reshard(x, PartitionSpec("stage" if cut else None, *others))
+
+    return jax.tree.map(laid_out, tree)
+
+
 def lead_like(x: jax.Array, like: jax.Array, axes: int) -> jax.Array:
     """`x` with its first `axes` axes laid out as those of `like`, which `jax.vmap` over both asks for; the rest whole.
 
@@ -233,12 +261,15 @@ def _as_tuple(axes: Axes) -> tuple[str, ...]:
 
 
 def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
-    """With as many mesh axes of each cut as divide it evenly: a router with free experts may stay whole along E."""
+    """With as many mesh axes of each cut as divide it evenly: a router with free experts may stay whole along E.
+
+    A single stage leaves no trace: a scan over layers wants them whole.
+    """
     if mesh.empty:
         return spec
 
     def prefix(size: int, cut: Axes) -> Axes:
-        axes = _as_tuple(cut)
+        axes = tuple(axis for axis in _as_tuple(cut) if axis != "stage" or mesh.shape[axis] > 1)
         return next((axes[:n] for n in range(len(axes), 0, -1) if size % _ways(mesh, axes[:n]) == 0), None)
 
     return PartitionSpec(*(prefix(size, cut) for size, cut in zip(leaf.shape, spec, strict=False)))
@@ -277,6 +308,7 @@ DEFAULT = Rules(
         ("V", "model"),
     ),
     parameters=(
+        ("N", "stage"),
         ("E", "expert"),
         ("F", "model"),
         ("H", "model"),

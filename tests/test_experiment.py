@@ -76,7 +76,7 @@ def test_groups_that_tile_the_rows_pass(size):
 def test_mesh_sizes(mesh, devices, expected):
     sizes = tiny.experiment(model__vocab_size=VOCAB, mesh=MeshConfig(**mesh)).mesh_sizes(devices)
     named = dict(zip(("data", "fsdp", "expert", "model"), expected, strict=True))
-    assert sizes == {"replica": 1, "context": 1, **named}
+    assert sizes == {"replica": 1, "stage": 1, "context": 1, **named}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,30 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
     cut = tiny.experiment(train__batch_size=16, train__accumulate=4)
     refused("train.batch_size", 16, "multiple of 32", lambda: cut.mesh_sizes(8))
     assert cut.replace(mesh=MeshConfig(model=4)).mesh_sizes(4)["model"] == 4  # tensor parallelism shares no batch
+
+
+STAGES = {"mesh": MeshConfig(data=1, stage=2), "model__num_layers": 4, "train__accumulate": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value", "words"),
+    [
+        ({"model__num_layers": 6}, "model.num_layers", 6, "has 3 units of 2 equal layers each, 0 layers aside"),
+        ({"model__num_layers": 1, "model__moe": None}, "model.num_layers", 1, "choose 2 layers, or another mesh.stage"),
+        ({"train__accumulate": 1}, "train.accumulate", 1, "multiple of mesh.stage=2"),
+        ({"train__accumulate": 4, "train__pipeline_microbatches": 1}, "train.pipeline_microbatches", 1, "mesh.stage=2"),
+    ],
+)
+def test_what_stages_cannot_share_is_refused(changes, key, value, words):
+    config = tiny.experiment(**(STAGES | changes))
+    refused(key, value, words, lambda: config.mesh_sizes(2))
+    assert config.replace(mesh=MeshConfig()).mesh_sizes(2)["stage"] == 1
+
+
+def test_layers_of_other_kinds_stand_outside_of_the_stages():
+    layers = {"model__num_layers": 7, "model__moe__first_dense": 3, "model__moe__every": 1}
+    config = tiny.experiment(**(STAGES | layers))
+    assert config.mesh_sizes(2)["stage"] == 2
 
 
 def test_groups_are_shared_by_the_devices_along_a_row_too():

@@ -13,21 +13,21 @@ from jax.sharding import AxisType
 from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, across_slices, make_mesh, mesh_shape
 
 
-def test_tokens_are_cut_over_all_axes_but_the_one_that_cuts_widths():
-    assert set(MESH_AXES) - set(TOKEN_AXES) == {"model"}
+def test_tokens_are_cut_over_all_axes_but_those_that_cut_layers_and_widths():
+    assert set(MESH_AXES) - set(TOKEN_AXES) == {"stage", "model"}
     assert set(TOKEN_AXES) - set(BATCH_AXES) == {"context"}
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ({}, 1, (1, 1, 1, 1, 1, 1)),
-        ({"data": 8}, 8, (1, 8, 1, 1, 1, 1)),
-        ({"data": -1}, 8, (1, 8, 1, 1, 1, 1)),
-        ({"model": -1, "data": 2}, 8, (1, 2, 1, 1, 1, 4)),
-        ({"data": -1, "fsdp": 2, "expert": 2, "model": 2}, 8, (1, 1, 2, 2, 1, 2)),
-        ({"expert": 3, "fsdp": -1}, 6, (1, 1, 2, 3, 1, 1)),
-        ({"replica": 2, "context": -1}, 8, (2, 1, 1, 1, 4, 1)),
+        ({}, 1, (1, 1, 1, 1, 1, 1, 1)),
+        ({"data": 8}, 8, (1, 1, 8, 1, 1, 1, 1)),
+        ({"data": -1}, 8, (1, 1, 8, 1, 1, 1, 1)),
+        ({"model": -1, "data": 2}, 8, (1, 1, 2, 1, 1, 1, 4)),
+        ({"data": -1, "fsdp": 2, "expert": 2, "model": 2}, 8, (1, 1, 1, 2, 2, 1, 2)),
+        ({"expert": 3, "fsdp": -1}, 6, (1, 1, 1, 2, 3, 1, 1)),
+        ({"replica": 2, "context": -1}, 8, (2, 1, 1, 1, 1, 4, 1)),
     ],
 )
 def test_mesh_shape(sizes, devices, expected):
@@ -45,7 +45,7 @@ def test_mesh_shape(sizes, devices, expected):
         ({"data": 4}, 8, "needs 4 devices and there are 8; set one axis to -1 or start with --devices=N"),
         ({"data": 4, "expert": 4}, 8, "needs 16 devices and there are 8"),
         ({}, 8, "needs 1 devices and there are 8"),
-        ({"pipe": 8}, 8, "unknown mesh axis 'pipe'; known: replica, data, fsdp, expert, context, model"),
+        ({"pipe": 8}, 8, "unknown mesh axis 'pipe'; known: replica, stage, data, fsdp, expert, context, model"),
     ],
 )
 def test_mesh_shape_refuses(sizes, devices, message):
@@ -57,7 +57,7 @@ def test_make_mesh_is_explicit_and_takes_all_devices():
     mesh = make_mesh({"data": 2, "model": -1})
     assert mesh.axis_names == MESH_AXES
     assert mesh.axis_types == (AxisType.Explicit,) * len(MESH_AXES)
-    assert mesh.devices.shape == (1, 2, 1, 1, 1, 4)
+    assert mesh.devices.shape == (1, 1, 2, 1, 1, 1, 4)
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
@@ -71,10 +71,11 @@ def test_make_mesh_over_some_devices():
 @pytest.mark.parametrize(
     ("shape", "slices", "expected"),
     [
-        ((2, 1, 4, 2, 1, 1), 2, (2, 1, 1, 1, 1, 1)),
-        ((1, 4, 4, 2, 1, 1), 2, (1, 2, 1, 1, 1, 1)),
-        ((2, 2, 4, 1, 1, 2), 4, (2, 2, 1, 1, 1, 1)),
-        ((1, 1, 16, 1, 1, 2), 8, (1, 1, 8, 1, 1, 1)),
+        ((2, 1, 1, 4, 2, 1, 1), 2, (2, 1, 1, 1, 1, 1, 1)),
+        ((1, 1, 4, 4, 2, 1, 1), 2, (1, 1, 2, 1, 1, 1, 1)),
+        ((2, 1, 2, 4, 1, 1, 2), 4, (2, 1, 2, 1, 1, 1, 1)),
+        ((1, 1, 1, 16, 1, 1, 2), 8, (1, 1, 1, 8, 1, 1, 1)),
+        ((1, 4, 2, 1, 1, 1, 2), 8, (1, 4, 2, 1, 1, 1, 1)),
     ],
 )
 def test_the_outermost_axes_cross_slices(shape, slices, expected):
@@ -83,7 +84,7 @@ def test_the_outermost_axes_cross_slices(shape, slices, expected):
 
 def test_axes_that_move_activations_stay_inside_a_slice():
     with pytest.raises(ValueError, match=r"cannot be laid over 2 slices: .* set mesh.replica=2"):
-        across_slices((1, 1, 1, 8, 2, 2), 2)
+        across_slices((1, 1, 1, 1, 8, 2, 2), 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,6 @@ def test_replicas_are_slices(monkeypatch):
     monkeypatch.setattr("sparse_lm.mesh.Mesh", lambda devices, axes, axis_types: made.append(devices))
     make_mesh({"replica": 2, "fsdp": 2, "expert": 2}, [chips[i] for i in order])
     (devices,) = made
-    assert devices.shape == (2, 1, 2, 2, 1, 1) and math.prod(devices.shape) == 8
+    assert devices.shape == (2, 1, 1, 2, 2, 1, 1) and math.prod(devices.shape) == 8
     for number, replica in enumerate(devices):
         assert {chip.slice_index for chip in replica.flat} == {number}

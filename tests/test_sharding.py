@@ -17,6 +17,7 @@ from sparse_lm.sharding import (
     abstract_sharded,
     letters_of,
     put,
+    staged,
 )
 
 MESHES = [
@@ -46,10 +47,10 @@ def normal(seed: int, *shape: int) -> jax.Array:
         ("act", ".D", P(None, None)),
         ("act", "", P()),
         ("param", "DF", P("fsdp", "model")),
-        ("param", "NEDF", P(None, "expert", "fsdp", "model")),
+        ("param", "NEDF", P("stage", "expert", "fsdp", "model")),
         ("param", "D", P("fsdp")),
         ("param", ".D", P(None, "fsdp")),
-        ("gathered", "NEDF", P(None, "expert", None, "model")),
+        ("gathered", "NEDF", P("stage", "expert", None, "model")),
         ("gathered", "DF", P(None, "model")),
     ],
 )
@@ -70,7 +71,10 @@ def test_every_letter_of_a_parameter_is_cut_once():
     [
         ({"activations": (("X", "data"),)}, "sharding rule for unknown axis 'X'; known: B, L"),
         ({"parameters": (("x", "data"),)}, "unknown axis 'x'"),
-        ({"activations": (("B", "batch"),)}, r"'B' -> unknown mesh axis 'batch'; known: \('replica', 'data', 'fsdp'"),
+        (
+            {"activations": (("B", "batch"),)},
+            r"'B' -> unknown mesh axis 'batch'; known: \('replica', 'stage'",
+        ),
         ({"parameters": (("D", ("fsdp", "nodes")),)}, "'D' -> unknown mesh axis 'nodes'"),
         ({"stored": ("fsdp", "nodes")}, "'stored' -> unknown mesh axis 'nodes'"),
         ({"state": ("nodes",)}, "'state' -> unknown mesh axis 'nodes'"),
@@ -227,7 +231,7 @@ def test_parameter_specs_and_shards(mesh_of):
     tree = {"up_EDF": normal(0, 2, 8, 4), "layers": {"up_EDF": normal(1, 3, 2, 8, 4)}, "count": jnp.zeros(())}
     assert DEFAULT.parameter_specs(tree) == {
         "up_EDF": P("expert", "fsdp", "model"),
-        "layers": {"up_EDF": P(None, "expert", "fsdp", "model")},
+        "layers": {"up_EDF": P("stage", "expert", "fsdp", "model")},
         "count": P(),
     }
     assert DEFAULT.shard_parameters(tree)["up_EDF"] is tree["up_EDF"]
@@ -236,6 +240,12 @@ def test_parameter_specs_and_shards(mesh_of):
         assert cut["up_EDF"].addressable_shards[0].data.shape == (1, 4, 2)
         assert cut["layers"]["up_EDF"].addressable_shards[0].data.shape == (3, 1, 4, 2)
         np.testing.assert_array_equal(cut["up_EDF"], tree["up_EDF"])
+        assert jax.typeof(cut["layers"]["up_EDF"]).sharding.spec[0] is None  # a single stage leaves no trace
+    with jax.set_mesh(mesh_of(stage=3)):
+        cut = DEFAULT.shard_parameters(tree)["layers"]["up_EDF"]
+        assert cut.addressable_shards[0].data.shape == (1, 2, 8, 4)
+        assert jax.typeof(staged(cut, cut=False)).sharding.spec == P(None, "expert", "fsdp", "model")
+        assert jax.typeof(staged(staged(cut, cut=False))).sharding == jax.typeof(cut).sharding
 
 
 def test_an_axis_that_cannot_be_cut_evenly_stays_whole(mesh_of):

@@ -112,7 +112,7 @@ def test_refuses(call):
 
 
 def test_mesh_of_takes_the_devices_it_needs(mesh_of):
-    others = dict.fromkeys(("replica", "fsdp", "context", "model"), 1)
+    others = dict.fromkeys(("replica", "stage", "fsdp", "context", "model"), 1)
     assert dict(mesh_of(data=2, expert=2).shape) == {"data": 2, "expert": 2, **others}
     assert mesh_of().devices.size == 1
     with pytest.raises(pytest.fail.Exception, match="needs 16 devices"):

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 
 from sparse_lm.batch import Batch
+from sparse_lm.mesh import manual_axis_size
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.models.reports import DepthStats
 from sparse_lm.moe.balance import max_violation
 from sparse_lm.objectives.causal import LossParts, causal_loss, count
+from sparse_lm.objectives.microbatches import microbatches_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,19 @@ class Evaluation:
 Evaluate = Callable[[Decoder, Sequence[Batch]], Evaluation]
 
 
-def make_evaluate(domains: tuple[str, ...]) -> Evaluate:
-    """An evaluation of a model on batches that lie on its mesh; compiled on the first batch."""
+def make_evaluate(domains: tuple[str, ...], number: int = 1) -> Evaluate:
+    """An evaluation of a model on batches that lie on its mesh; compiled on the first batch.
+
+    number: microbatches that a batch is cut into where the mesh has stages; elsewhere it stays whole.
+    """
 
     @jax.jit
     def parts(model: Decoder, batch: Batch) -> LossParts:
         moe, attention = (part.losses if part else None for part in (model.config.moe, model.config.attention))
-        found = causal_loss(model, batch, None, count(batch), moe, len(domains), attention_balance=attention)[1]
+        totals = count(batch)
+        if manual_axis_size("stage") > 1:
+            batch = microbatches_of(model, batch, number)
+        found = causal_loss(model, batch, None, totals, moe, len(domains), attention_balance=attention)[1]
         return jax.tree.map(model.rules.whole, found)  # any process can read what every device holds
 
     def evaluate(model: Decoder, batches: Sequence[Batch]) -> Evaluation:

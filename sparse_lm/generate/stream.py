@@ -22,7 +22,7 @@ from sparse_lm.generate.sample import Sampling, sample
 from sparse_lm.models.block import Block
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.decoder import Decoder, DecoderCache
-from sparse_lm.models.stack import Stack
+from sparse_lm.models.stack import Stack, refuse_stages
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.layer import MoE
 
@@ -70,8 +70,9 @@ def generate(
     eos: a sequence that yields it has ended and yields it from then on; generation stops when all have. None: never.
     key: with the same key, sampling and prompts the same tokens come, also for a prefix of the batch.
 
-    With a mesh set, B is a multiple of the devices that share the batch. Raises `ConfigError` at the call (not at the
-    first token) when an argument is out of range, when a learned position table is too short, and as `for_generation`.
+    With a mesh set, which has no stages, B is a multiple of the devices that share the batch. Raises `ConfigError` at
+    the call (not at the first token) when an argument is out of range, when a learned position table is too short, and
+    as `for_generation`.
     """
     prompts = _checked(model.config, prompts, max_new_tokens, eos)
     _check_mesh(model, len(prompts))
@@ -166,6 +167,7 @@ def _checked(config: ModelConfig, prompts: Sequence[np.ndarray], max_new_tokens:
 
 
 def _check_mesh(model: Decoder, batch: int) -> None:
+    refuse_stages()
     mesh = jax.sharding.get_abstract_mesh()
     axes = model.rules.act("B")[0] or ()
     shards = math.prod(mesh.shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,6 +36,14 @@ def previous_tokens(tokens_BL: Int[Array, "B L"], segments_BL: Int[Array, "B L"]
     # The first place has no segment of its own before it.
     same_BL = jnp.concatenate([segments_BL[:, :1] < 0, segments_BL[:, 1:] == segments_BL[:, :-1]], axis=1)
     return jnp.where(same_BL & (segments_BL > 0), before_BL, -1)
+
+
+def row_context(
+    tokens_BL: Int[Array, "B L"], segments_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
+) -> Context:
+    """What layers see of rows whose tokens look at each other; see `Batch`."""
+    previous_BL = previous_tokens(tokens_BL, segments_BL)
+    return Context(tokens_BL, positions_BL, row_sight(segments_BL), segments_BL > 0, previous_BL=previous_BL)
 
 
 class Decoder(nnx.Module):
@@ -80,10 +90,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Reports]:
         """What `head` makes logits of, in the compute dtype; for the rest see the call of the model."""
         self._check(replay, key)
-        previous_BL = previous_tokens(tokens_BL, segments_BL)
-        sight = row_sight(segments_BL)
-        context = Context(tokens_BL, positions_BL, sight, segments_BL > 0, previous_BL=previous_BL, replay=replay)
-        x_BLD, reports, _ = self._forward(tokens_BL, context, key, None)
+        context = dataclasses.replace(row_context(tokens_BL, segments_BL, positions_BL), replay=replay)
+        x_BLD, reports, _ = self._forward(context, key, None)
         return x_BLD, reports
 
     @property
@@ -121,7 +129,7 @@ class Decoder(nnx.Module):
         previous_BT = previous_tokens(tokens_BT, segments_BT)
         previous_BL = jax.lax.dynamic_slice_in_dim(previous_BT, start, tokens_BL.shape[1], axis=1)
         context = Context(tokens_BL, positions_BL, sight, segments_BL > 0, start, previous_BL)
-        x_BLD, _, layers = self._forward(tokens_BL, context, None, cache.layers)
+        x_BLD, _, layers = self._forward(context, None, cache.layers)
         assert layers is not None
         return self.head.decode(x_BLD), DecoderCache(layers, tokens_BT)
 
@@ -137,19 +145,24 @@ class Decoder(nnx.Module):
             got = replay.forced.expert_GSK.shape[0]
             raise ValueError(f"the forced decisions are of {got} layers and the model has {layers} sparse ones")
 
-    def _forward(self, tokens_BL, context, key, cache):
-        embed_key, stack_key = split_keys(key, 2)
+    def embed(self, context: Context, key: jax.Array | None) -> Float[Array, "B L D"]:
+        """What the first layer gets, in the compute dtype."""
         dtype = jnp.dtype(self.config.dtype)
-        x_BLD = self.embedding.encode(tokens_BL, dtype)
+        x_BLD = self.embedding.encode(context.ids_BL, dtype)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions(context.positions_BL, dtype)
         elif self.config.position == "sinusoidal":
             x_BLD = x_BLD + sinusoidal(context.positions_BL, self.config.d_model).astype(dtype)
-        x_BLD = dropout(x_BLD, self.config.dropout, embed_key)
-        x_BLD, reports, cache = self.stack(x_BLD, context, stack_key, cache)
-        if self.norm is not None:
-            x_BLD = self.norm(x_BLD)
-        return x_BLD, reports, cache
+        return dropout(x_BLD, self.config.dropout, key)
+
+    def normed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """What `head` reads, from what the last layer gives."""
+        return x_BLD if self.norm is None else self.norm(x_BLD)
+
+    def _forward(self, context, key, cache):
+        embed_key, stack_key = split_keys(key, 2)
+        x_BLD, reports, cache = self.stack(self.embed(context, embed_key), context, stack_key, cache)
+        return self.normed(x_BLD), reports, cache
 
 
 def build_decoder(key: jax.Array, config: ModelConfig, rules: Rules) -> Decoder:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparse_lm.moe.types import LayerStats, pytree_dataclass
+from sparse_lm.sharding import Rules
 
 
 @pytree_dataclass
@@ -61,3 +62,19 @@ def stack(parts: Sequence[Reports]) -> Reports:
 def flatten(reports: Reports) -> Reports:
     """[repeats, layers of a unit, ...] -> [layers, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), reports)
+
+
+def join(reports: Reports, rules: Rules) -> Reports:
+    """The reports of microbatches [M, layers, ...] -> those of all of them [layers, ...], with all of their units."""
+
+    def units(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return rules.reshape(x, (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), ".U" + "." * (x.ndim - 3))
+
+    def layers(stats: LayerStats | None) -> LayerStats | None:
+        return stats and LayerStats(jax.tree.map(units, stats.router), total(stats.dispatch))
+
+    def total(tree):
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+    return Reports(layers(reports.feed_forward), layers(reports.attention), total(reports.depth))

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sparse_lm.config import ConfigError
+from sparse_lm.mesh import manual_axis_size
 from sparse_lm.models.block import Block, Context
 from sparse_lm.models.config import LayerKind, ModelConfig
 from sparse_lm.models.depth import Depth, DepthCache
@@ -26,11 +28,13 @@ from sparse_lm.moe.types import LayerStats, Replay, RouterStats
 from sparse_lm.nn.cache import AttentionCache
 from sparse_lm.nn.dropout import split_keys
 from sparse_lm.nn.remat import policy
-from sparse_lm.sharding import Rules
+from sparse_lm.sharding import Rules, staged
 
 BlockCache = AttentionCache | DepthCache
 Cache = tuple[tuple[BlockCache, ...], ...]  # per segment, per block of its unit, stacked over repeats
 Kind = TypeVar("Kind")
+Layer = TypeVar("Layer")
+Carry = tuple[jax.Array, jax.Array | None]
 Stats = TypeVar("Stats", RouterStats, LayerStats)
 
 
@@ -69,6 +73,15 @@ class Unit(nnx.Module):
         return x_BLD, context.carried_BLE, stack(reports), None if caches is None else tuple(stored)
 
 
+def refuse_stages() -> None:
+    """Raises `ConfigError` on a mesh with stages, for what does not pass a pipeline in microbatches."""
+    if (stages := manual_axis_size("stage")) > 1:
+        raise ConfigError(
+            "mesh.stage", stages, "stages are for training and its evaluation; for this use mesh.stage=1, on which a "
+            "checkpoint of any mesh is read",
+        )  # fmt: skip
+
+
 def segments(layers: tuple[Kind, ...], period: int) -> list[tuple[int, tuple[Kind, ...]]]:
     """(repeats, pattern of a unit) for each run of equal units; laid end to end they are the model's layers.
 
@@ -104,17 +117,16 @@ class Stack(nnx.Module):
         self, x_BLD: Float[Array, "B L D"], context: Context, key: jax.Array | None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B L D"], Reports, Cache | None]:
         """The last layer's output; the layers' reports, each kind stacked over the layers that make it; the cache."""
-        all_reports, all_caches, start, carried_BLE = [], [], 0, self._nothing_carried(x_BLD)
-        keys = split_keys(key, len(self.plan))
+        refuse_stages()
+        all_reports, all_caches, start, carried_BLE = [], [], 0, self.nothing_carried(x_BLD)
+        keys = self.layer_keys(key)
         for i, (repeats, pattern) in enumerate(self.plan):
             places = sum(kind.sparse for kind in pattern)
             replay = _by_unit(context.replay, start, repeats, places)
             start += repeats * places
-            layer_key = keys[i]
-            layer_keys = None if layer_key is None else jax.random.split(layer_key, repeats)
-            inputs = (self.units[i], layer_keys, None if cache is None else cache[i], replay)
-            (x_BLD, carried_BLE), (reports, stored) = self._run((x_BLD, carried_BLE), context, inputs, repeats)
-            all_reports.append(flatten(reports))
+            inputs = (self.units[i], keys[i], None if cache is None else cache[i], replay)
+            (x_BLD, carried_BLE), (reports, stored) = self.run((x_BLD, carried_BLE), context, inputs)
+            all_reports.append(reports)
             all_caches.append(stored)
         return x_BLD, concatenate(all_reports), None if cache is None else tuple(all_caches)
 
@@ -124,14 +136,14 @@ class Stack(nnx.Module):
         for block, own in new._each(stats, lambda kind: kind.sparse):
             layer = block.feed_forward
             assert isinstance(layer, MoE)
-            layer.router = jax.vmap(lambda router, stats: router.updated(stats))(layer.router, own)
+            layer.router = _updated(lambda router, stats: router.updated(stats), layer.router, own)
         return new
 
     def with_updated_attention(self, stats: LayerStats) -> Self:
         """The same for the routers of attention experts, which every layer has."""
         new = jax.tree.map(lambda leaf: leaf, self)
         for block, own in new._each(stats, lambda kind: True):
-            block.attention = jax.vmap(lambda layer, stats: layer.with_updated_router(stats))(block.attention, own)
+            block.attention = _updated(lambda layer, stats: layer.with_updated_router(stats), block.attention, own)
         return new
 
     def _each(self, stats: Stats, has: Callable[[LayerKind], bool]) -> Iterator[tuple[Any, Stats]]:
@@ -145,14 +157,25 @@ class Stack(nnx.Module):
                 yield unit.blocks[place], jax.tree.map(lambda leaf, share=share: leaf[share], stats)
             start = stop
 
-    def _nothing_carried(self, x_BLD: jax.Array) -> jax.Array | None:
+    def layer_keys(self, key: jax.Array | None) -> list[jax.Array | None]:
+        """For each segment, a key per unit; None in evaluation."""
+        of_segments = zip(split_keys(key, len(self.plan)), self.plan, strict=True)
+        return [None if k is None else jax.random.split(k, repeats) for k, (repeats, _) in of_segments]
+
+    def nothing_carried(self, x_BLD: jax.Array) -> jax.Array | None:
         """What the router of the first sparse layer gets, if routers ask for what is handed on."""
         moe = self.config.moe
         if moe is None or not moe.router.pathway:
             return None
         return self.rules.constrain(jnp.zeros((*x_BLD.shape[:2], moe.num_choices), jnp.float32), "BLE")
 
-    def _run(self, carry, context, inputs, repeats):
+    def run(self, carry: Carry, context: Context, inputs: tuple) -> tuple[Carry, tuple[Reports, Any]]:
+        """Equal units in a row: what they hand on, their reports (each kind stacked over layers) and caches.
+
+        carry: activations, and what the sparse layer before handed on to the router. inputs: units, keys, caches and
+        decisions to replay, each stacked over the units, or None.
+        """
+
         def body(carry, inputs):
             x_BLD, carried_BLE = carry
             unit, key, caches, replay = inputs
@@ -164,12 +187,20 @@ class Stack(nnx.Module):
         if keep is not None:
             body = jax.checkpoint(body, policy=keep, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
-            return jax.lax.scan(body, carry, inputs)
-        outputs = []
-        for i in range(repeats):
-            carry, output = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
-            outputs.append(output)
-        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+            carry, (reports, caches) = jax.lax.scan(body, carry, inputs)
+        else:
+            outputs = []
+            for i in range(len(jax.tree.leaves(inputs)[0])):
+                carry, output = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
+                outputs.append(output)
+            reports, caches = jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        return carry, (flatten(reports), caches)
+
+
+def _updated(update: Callable[[Layer, Any], Layer], stacked: Layer, stats: Any) -> Layer:
+    """`update` of every one of the stacked layers by its own statistics; both lie where the layers do."""
+    stages, layers = manual_axis_size("stage"), len(jax.tree.leaves(stats)[0])
+    return jax.vmap(update)(*staged((stacked, stats), cut=stages > 1 and layers % stages == 0))
 
 
 def _by_unit(replay: Replay | None, start: int, repeats: int, places: int) -> Replay | None:

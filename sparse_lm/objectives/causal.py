@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from sparse_lm.batch import Batch
 from sparse_lm.models.decoder import Decoder
+from sparse_lm.models.pipeline import Microbatches, pipelined
 from sparse_lm.models.reports import DepthStats, Reports
 from sparse_lm.moe.balance import router_losses, weighted
 from sparse_lm.moe.config import BalanceConfig, HeterogeneousBalance
@@ -71,11 +72,11 @@ def count(batch: Batch) -> Totals:
     )
 
 
-def predicted(batch: Batch) -> Int[Array, "B L"]:
+def predicted(batch: Batch) -> Int[Array, "*M B L"]:
     """1 where the token after counts in the loss: marked as a target, real, and of the same document."""
     segments = batch.segments_BL
-    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    return batch.targets_BL[:, 1:] * same
+    same = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
+    return batch.targets_BL[..., 1:] * same
 
 
 def token_losses(logits_BLV: Float[Array, "B L V"], labels_BL: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -94,10 +95,11 @@ def causal_loss(
     depth_weight: float = 0.0,
     attention_balance: BalanceConfig | None = None,
 ) -> tuple[Scalar, LossParts]:
-    """This microbatch's share of the loss of the batch, and its parts.
+    """This microbatch's share of the loss of the batch, and its parts; or that of several, in a pipeline.
 
     apply: (tokens, segments, positions, key) -> (logits, reports); of a `Decoder` with `loss_chunk`, the loss is made
-    without its logits. balance: None in a dense model. attention_balance: None where attention has no experts.
+    without its logits. batch, key: where the mesh has stages, M microbatches [M, B, L] of a `Decoder` and the key of
+    each, see `models.pipeline`. balance: None in a dense model. attention_balance: None where attention has no experts.
     The loss is cross-entropy + sum over sparse layers of (each loss of `moe.balance.router_losses` with its
     weight in `balance` + the router's own penalty) + depth_weight * sum over wrapped layers of the predictor's
     cross-entropy per token; attention experts add theirs with the weights of attention_balance.
@@ -105,7 +107,8 @@ def causal_loss(
     nats_BL, reports = _nats(apply, batch, key)
     weight_BL = predicted(batch).astype(jnp.float32)
     nats_BL = nats_BL * weight_BL
-    in_domain = batch.domains_BL[:, 1:, None] == jnp.arange(num_domains)
+    in_domain = batch.domains_BL[..., 1:, None] == jnp.arange(num_domains)
+    every_token = tuple(range(nats_BL.ndim))
     loss = jnp.sum(nats_BL) / jnp.maximum(totals.targets, 1)
     balance_N = z_N = jnp.zeros((0,), jnp.float32)
     stats, depth, total = reports.feed_forward, reports.depth, loss
@@ -123,8 +126,8 @@ def causal_loss(
         loss=loss,
         load_balance_N=balance_N,
         z_N=z_N,
-        domain_loss=jnp.sum(nats_BL[..., None] * in_domain, axis=(0, 1)),
-        domain_targets=jnp.sum(weight_BL[..., None] * in_domain, axis=(0, 1)),
+        domain_loss=jnp.sum(nats_BL[..., None] * in_domain, axis=every_token),
+        domain_targets=jnp.sum(weight_BL[..., None] * in_domain, axis=every_token),
         stats=stats,
         depth=depth,
         attention=attention,
@@ -132,16 +135,27 @@ def causal_loss(
     return total, parts
 
 
-def _nats(apply: Apply, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, "B L"], Reports]:
+def _nats(apply: Apply, batch: Batch, key: jax.Array | None) -> tuple[Float[Array, "*M B L"], Reports]:
     """The loss of every token, whether it counts or not, and the reports."""
-    inputs = (batch.tokens_BL[:, :-1], batch.segments_BL[:, :-1], batch.positions_BL[:, :-1])
-    labels_BL = batch.tokens_BL[:, 1:]
-    if isinstance(apply, Decoder) and apply.config.loss_chunk is not None:
-        x_BLD, reports = apply.hidden(*inputs, key)
-        table_VD = apply.head.matrix(x_BLD.dtype)
-        return chunked_losses(x_BLD, table_VD, labels_BL, apply.config.loss_chunk, apply.rules), reports
-    logits_BLV, reports = apply(*inputs, key)
-    return token_losses(logits_BLV, labels_BL), reports
+    tokens, segments, positions = (x[..., :-1] for x in (batch.tokens_BL, batch.segments_BL, batch.positions_BL))
+    labels = batch.tokens_BL[..., 1:]
+    if labels.ndim == 3:
+        assert isinstance(apply, Decoder)
+        # Chunks keep no logits anyway; whole ones would be kept of all microbatches of a stage.
+        readout = _readout if apply.config.loss_chunk else jax.checkpoint(_readout)
+        return pipelined(apply, Microbatches(tokens, segments, positions, labels, key), readout)
+    if isinstance(apply, Decoder):
+        x_BLD, reports = apply.hidden(tokens, segments, positions, key)
+        return _readout(apply, x_BLD, labels), reports
+    logits_BLV, reports = apply(tokens, segments, positions, key)
+    return token_losses(logits_BLV, labels), reports
+
+
+def _readout(model: Decoder, x_BLD: Float[Array, "B L D"], labels_BL: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """The loss of every token of what the head reads."""
+    if model.config.loss_chunk is None:
+        return token_losses(model.head.decode(x_BLD), labels_BL)
+    return chunked_losses(x_BLD, model.head.matrix(x_BLD.dtype), labels_BL, model.config.loss_chunk, model.rules)
 
 
 def _routing_losses(

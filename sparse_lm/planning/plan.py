@@ -286,7 +286,8 @@ def trace_step(experiment: Experiment, state: TrainState, mesh: Mesh | AbstractM
     batch = cast(Any, Batch)(*(tokens for _ in dataclasses.fields(Batch)))
     # Domains of a text are known only once it is read. They change a few sums of the metrics and nothing else.
     domains = experiment.data.grammar.num_domains if experiment.data.source == "grammar" else 1
-    step = cast(Any, make_train_step(build_optimizer(experiment.optim, train.steps), train.accumulate, domains))
+    cut = (train.accumulate, domains, train.pipeline_microbatches)
+    step = cast(Any, make_train_step(build_optimizer(experiment.optim, train.steps), *cut))
     return step.trace(state, batch, _abstract_key())
 
 

@@ -43,7 +43,7 @@ def evaluate_run(run: Run, trained: Path, here: Path, stream: TextIO) -> float:
             raise TrainingError(f"its training {run.training.name} is at step {loaded.step}; let it end first")
         held_out = validation_batches(dataset, experiment.train.batch_size, experiment.train.eval_batches)
         batches = [jax.tree.map(lambda x: put(mesh, experiment.sharding.rules, x, "B."), batch) for batch in held_out]
-        evaluation = make_evaluate(dataset.domains)(loaded.model, batches)
+        evaluation = make_evaluate(dataset.domains, experiment.train.accumulate)(loaded.model, batches)
     row = validation_row(loaded.step, evaluation, dataset.validation_bytes_per_target, dataset.entropy)
     before = load_run(trained)
     write_info(here, describe_run(experiment, dataset, before.info["parameters"]) | {"evaluates": trained.name})

@@ -11,35 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparse_lm.batch import Batch
+from sparse_lm.mesh import manual_axis_size
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.models.depth import routed_tokens
-from sparse_lm.moe.layer import rows_together
 from sparse_lm.objectives.causal import LossParts, Totals, causal_loss, count
+from sparse_lm.objectives.microbatches import microbatches_of
 from sparse_lm.sharding import Rules
 
 
-def microbatches(batch: Batch, number: int, rules: Rules, together: int = 1) -> Batch:
-    """[B, L] -> [number, B / number, L]: microbatch m has the rows m, m + number, ...; no row changes its device.
-
-    together: neighbouring rows that stay in one microbatch, because they are one routing group; m then counts groups.
-    Raises `ValueError` when the rows cannot be cut so.
-    """
-
-    def cut(x):
-        rows, length = x.shape
-        if rows % (number * together):
-            raise ValueError(
-                f"train.accumulate={number} does not divide {rows} rows in routing groups of {together}; choose a "
-                f"batch of a multiple of {number * together} rows, or a smaller model.moe.group_size"
-            )
-        x = jnp.swapaxes(rules.reshape(x, (rows // (number * together), number, together, length), "B..."), 0, 1)
-        return rules.reshape(x, (number, rows // number, length), ".B.")
-
-    return jax.tree.map(cut, batch)
-
-
 def loss_and_gradients(
-    model: Decoder, batch: Batch, key: jax.Array, number: int, num_domains: int
+    model: Decoder, batch: Batch, key: jax.Array, number: int, num_domains: int, in_flight: int | None = None
 ) -> tuple[jax.Array, LossParts, Any]:
     """The loss of the batch, its parts, and the gradients (a `State` of the parameters), from `number` microbatches.
 
@@ -47,6 +28,8 @@ def loss_and_gradients(
     the loss of the batch whatever their sizes. With the global scope the load-balance loss multiplies the loads of the
     whole batch with probabilities; loads need a forward pass, so with more than one microbatch there is one more of
     them, without gradients. (A running count would be cheaper and would make the loss depend on the cut.)
+
+    in_flight: how many of them pass the stages of a pipeline together, where the mesh has stages; None is all.
     """
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     moe, depth, attention = model.config.moe, model.config.depth, model.config.attention
@@ -63,9 +46,9 @@ def loss_and_gradients(
     if number == 1:
         (total, parts), gradients = value_and_grad(parameters, batch, key, totals)
         return total, parts, gradients
-    length = batch.tokens_BL.shape[1] - 1
-    together = rows_together(moe, length) if moe else 1
-    inputs = (microbatches(batch, number, model.rules, together), jax.random.split(key, number))
+    inputs = (microbatches_of(model, batch, number), jax.random.split(key, number))
+    if manual_axis_size("stage") > 1:
+        inputs = _flights(inputs, in_flight or number, model.rules)
     if any(b is not None and b.scope == "global" and b.load > 0 for b in (balance, attention_balance)):
         load_NE, attention_NE = _loads(loss, parameters, inputs, totals)
         totals = dataclasses.replace(totals, load_NE=load_NE, attention_NE=attention_NE)
@@ -84,6 +67,13 @@ def _loads(loss: Callable, parameters: Any, inputs: Any, totals: Totals) -> tupl
         return None, tuple(None if stats is None else jnp.sum(stats.router.load_UE, axis=1) for stats in groups)
 
     return jax.tree.map(lambda load: jnp.sum(load, axis=0), jax.lax.scan(body, None, inputs)[1])
+
+
+def _flights(inputs: tuple[Batch, jax.Array], size: int, rules: Rules) -> tuple[Batch, jax.Array]:
+    """[microbatches, ...] -> [flights, microbatches of a flight, ...]."""
+    batch, keys = inputs
+    batch = jax.tree.map(lambda x: rules.reshape(x, (len(x) // size, size, *x.shape[1:]), "..B."), batch)
+    return batch, keys.reshape(-1, size)
 
 
 def _summed(function: Callable, inputs: Any) -> tuple[jax.Array, LossParts, Any]:

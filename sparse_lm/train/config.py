@@ -16,6 +16,8 @@ class TrainConfig(Config):
 
     batch_size: sequences in one optimizer step, over all devices.
     accumulate: microbatches that one step is cut into. Loss and gradients are those of the whole batch.
+    pipeline_microbatches: how many of them pass the stages of a pipeline together, on a mesh with stages: more of them
+        waste less time, and hold more activations. None is all. Loss and gradients do not depend on it.
     log_every: steps between two rows of metrics.
     eval_every: steps between two evaluations; the last step is always evaluated. eval_batches bounds one of them.
     max_nonfinite: a step with a non-finite loss or gradient changes nothing and is counted; so many in a row abort.
@@ -25,6 +27,7 @@ class TrainConfig(Config):
     steps: int = option(1000, ge=1)
     batch_size: int = option(16, ge=1)
     accumulate: int = option(1, ge=1)
+    pipeline_microbatches: int | None = option(None, ge=1)
     log_every: int = option(1, ge=1)
     eval_every: int = option(200, ge=1)
     eval_batches: int = option(16, ge=1)
@@ -35,6 +38,9 @@ class TrainConfig(Config):
         """Raises `ConfigError` when the batch cannot be cut into microbatches."""
         if self.batch_size % self.accumulate:
             raise ConfigError("accumulate", self.accumulate, f"must divide train.batch_size={self.batch_size}")
+        together = self.pipeline_microbatches
+        if together is not None and self.accumulate % together:
+            raise ConfigError("pipeline_microbatches", together, f"must divide train.accumulate={self.accumulate}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +58,10 @@ class CheckpointConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Config):
-    """Sizes of the mesh axes (see `sparse_lm.sharding`); one of them may be -1: whatever devices are left."""
+    """Sizes of the mesh axes (see `sparse_lm.mesh`); one of them may be -1: whatever devices are left."""
 
     replica: int = 1
+    stage: int = 1
     data: int = -1
     fsdp: int = 1
     expert: int = 1

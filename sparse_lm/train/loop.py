@@ -59,8 +59,8 @@ class Trainer:
         self.rules, train = experiment.sharding.rules, experiment.train
         self.optimizer = build_optimizer(experiment.optim, train.steps)
         self.schedule = schedule(experiment.optim, train.steps)
-        self.step = make_train_step(self.optimizer, train.accumulate, len(dataset.domains))
-        self.evaluate = make_evaluate(dataset.domains)
+        self.step = make_train_step(self.optimizer, train.accumulate, len(dataset.domains), train.pipeline_microbatches)
+        self.evaluate = make_evaluate(dataset.domains, train.accumulate)
         seed = experiment.seed if experiment.data_seed is None else experiment.data_seed
         self.rows = process_rows(mesh, self.rules, train.batch_size)
         self.loader = TrainLoader(dataset, train.batch_size, seed, rows=self.rows)

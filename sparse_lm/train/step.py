@@ -36,8 +36,10 @@ class StepMetrics:
     nonfinite_in_a_row: Scalar
 
 
-def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, num_domains: int) -> Step:
-    """The step, compiled on its first call; the state is donated.
+def make_train_step(
+    optimizer: optax.GradientTransformation, accumulate: int, num_domains: int, in_flight: int | None = None
+) -> Step:
+    """The step, compiled on its first call; the state is donated. accumulate, in_flight: see `loss_and_gradients`.
 
     The noise of a step (dropout, jitter) comes from the key and the step's number. A step whose loss or gradient is
     not finite leaves model and optimizer as they were, and is counted.
@@ -45,7 +47,7 @@ def make_train_step(optimizer: optax.GradientTransformation, accumulate: int, nu
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(key, state.step)
-        total, parts, gradients = loss_and_gradients(state.model, batch, key, accumulate, num_domains)
+        total, parts, gradients = loss_and_gradients(state.model, batch, key, accumulate, num_domains, in_flight)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         graph, parameters, rest = nnx.split(state.model, nnx.Param, ...)

@@ -89,10 +89,11 @@ def train(
     times: int = 1,
     steps: int = 2,
     rules: Rules = DEFAULT,
+    in_flight: int | None = None,
 ) -> list[Trajectory]:
     """The same training, `times` times over, by one step function. The momentum in the state is made of gradients."""
     optimizer = optax.sgd(0.1, momentum=0.9)
-    step = make_train_step(optimizer, accumulate, DOMAINS)
+    step = make_train_step(optimizer, accumulate, DOMAINS, in_flight)
     create = jax.jit(create_state, static_argnums=(1, 2, 3))
     results = []
     with on_mesh(mesh):

@@ -104,10 +104,13 @@ def divisible_training():
 DIVISIBLE = decoder_config(causal_moe(dispatcher="all_to_all"), num_heads=8, num_kv_heads=8, d_model=16)
 
 
+WITHOUT_STAGES = [axis for axis in MESH_AXES if axis != "stage"]
+
+
 @pytest.mark.slow  # 3 min
-@pytest.mark.parametrize("shape", list(factorisations(8, len(MESH_AXES))), ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", list(factorisations(8, len(WITHOUT_STAGES))), ids=lambda s: "x".join(map(str, s)))
 def test_training_is_the_same_on_every_factorisation_of_eight_devices(shape, mesh_of, record_property):
-    (got,) = decoders.train(DIVISIBLE, mesh_of(**dict(zip(MESH_AXES, shape, strict=True))))
+    (got,) = decoders.train(DIVISIBLE, mesh_of(**dict(zip(WITHOUT_STAGES, shape, strict=True))))
     worst = assert_same(got.metrics, divisible_training().metrics)
     record_property("worst", f"{max(worst, assert_same(got.state, divisible_training().state)):.2g}")
 

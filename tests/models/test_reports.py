@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_lm.models.reports import DepthStats, Reports, concatenate, flatten, stack
+from sparse_lm.models.reports import DepthStats, Reports, concatenate, flatten, join, stack
+from sparse_lm.moe.types import DispatchStats, LayerStats, RouterStats
+from sparse_lm.sharding import DEFAULT
 
 
 def depth(number) -> DepthStats:
@@ -41,3 +43,18 @@ def test_reports_add_over_microbatches():
     one, two = Reports(depth=depth([1, 2])), Reports(depth=depth([10, 20]))
     total = jax.tree.map(jnp.add, one, two)
     np.testing.assert_array_equal(total.depth.processed, [11, 22])
+
+
+def test_joined_microbatches_have_the_units_of_all_and_the_sums_of_the_rest():
+    """Two microbatches of one layer with two units each."""
+    counts = {name: jnp.asarray([[[1, 2]], [[3, 4]]]) for name in RouterStats.__annotations__}
+    counts["load_UE"] = counts["importance_UE"] = jnp.arange(12).reshape(2, 1, 2, 3)
+    sums = {name: jnp.asarray([[5], [6]]) for name in DispatchStats.__annotations__}
+    joined = join(Reports(LayerStats(RouterStats(**counts), DispatchStats(**sums)), depth=depth([[1], [2]])), DEFAULT)
+    assert joined.feed_forward is not None and joined.depth is not None
+    assert sorted(joined.feed_forward.router.tokens_U[0].tolist()) == [1, 2, 3, 4]
+    units = {tuple(unit) for unit in joined.feed_forward.router.load_UE[0].tolist()}
+    assert units == {(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)}
+    assert joined.feed_forward.dispatch.kept.tolist() == [11]
+    assert joined.depth.chosen.tolist() == [3]
+    assert joined.attention is None

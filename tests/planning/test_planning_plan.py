@@ -176,7 +176,7 @@ def test_without_compiling_there_is_nothing_of_it():
 def test_the_json_has_every_number(exchanging):
     plan, _ = exchanging
     back = json.loads(json.dumps(plan.to_json()))
-    assert back["mesh"] == {"replica": 1, "data": 1, "fsdp": 2, "expert": 4, "context": 1, "model": 1}
+    assert back["mesh"] == {"replica": 1, "stage": 1, "data": 1, "fsdp": 2, "expert": 4, "context": 1, "model": 1}
     assert back["state"] == dataclasses.asdict(plan.state)
     assert back["parts"] == [dataclasses.asdict(part) for part in plan.parts]
     assert (back["peak"], back["source"]) == (plan.compiled.peak, "compiled")
@@ -254,7 +254,7 @@ def test_what_a_compiler_says_it_needs(message, needed):
 
 def test_a_mesh_of_no_devices_can_be_planned_but_for_compiling():
     config = experiment(mesh__fsdp=2, mesh__expert=4, mesh__data=1)
-    mesh = abstract_mesh(dict(zip(MESH_AXES, (1, 1, 2, 4, 1, 1), strict=True)))
+    mesh = abstract_mesh(dict(zip(MESH_AXES, (1, 1, 1, 2, 4, 1, 1), strict=True)))
     abstract, real = make_plan(config, mesh, compile_step=False), plan_here(config, compile_step=False)
     assert (abstract.state, abstract.estimate, abstract.mesh) == (real.state, real.estimate, real.mesh)
 

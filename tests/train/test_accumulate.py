@@ -13,8 +13,9 @@ from sparse_lm.data.loader import TrainLoader, build_dataset
 from sparse_lm.experiment import resolved
 from sparse_lm.models.decoder import build_decoder
 from sparse_lm.moe.config import BalanceConfig
-from sparse_lm.sharding import DEFAULT, put
-from sparse_lm.train.accumulate import loss_and_gradients, microbatches
+from sparse_lm.objectives.microbatches import microbatches
+from sparse_lm.sharding import DEFAULT
+from sparse_lm.train.accumulate import loss_and_gradients
 
 CONFIG = tiny.experiment(model__dropout=0.0)
 DATASET = build_dataset(CONFIG.data, CONFIG.seed)
@@ -36,25 +37,6 @@ def outcome(number: int, **balance):
     model = build_decoder(jax.random.key(0), MODEL.replace(moe=moe), DEFAULT)
     function = jax.jit(loss_and_gradients, static_argnums=(3, 4))
     return jax.device_get(function(model, uneven(), jax.random.key(1), number, DOMAINS))
-
-
-def test_microbatch_m_has_the_rows_m_and_every_number_th_after():
-    rows = jnp.broadcast_to(jnp.arange(6)[:, None], (6, 3))
-    cut = microbatches(Batch(rows, rows, rows, rows, rows), 2, DEFAULT)
-    assert cut.tokens_BL.shape == (2, 3, 3)
-    assert cut.tokens_BL[:, :, 0].tolist() == [[0, 2, 4], [1, 3, 5]]
-
-
-def test_no_row_changes_its_device(mesh_of):
-    mesh = mesh_of(data=2)
-    rows = np.broadcast_to(np.arange(8, dtype=np.int32)[:, None], (8, 3))
-    with jax.set_mesh(mesh):
-        placed = put(mesh, DEFAULT, rows, "B.")
-        cut = jax.jit(lambda b: microbatches(b, 2, DEFAULT))(Batch(placed, placed, placed, placed, placed)).tokens_BL
-    before = {shard.device: set(np.unique(shard.data)) for shard in placed.addressable_shards}
-    after = {shard.device: set(np.unique(shard.data)) for shard in cut.addressable_shards}
-    assert after == before
-    assert sorted(map(sorted, after.values())) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("scope", ["sequence", "group", "global"])

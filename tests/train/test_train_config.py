@@ -30,6 +30,12 @@ def test_microbatches_divide_the_batch(accumulate):
         TrainConfig(batch_size=16, accumulate=accumulate)
 
 
+def test_a_flight_of_microbatches_divides_them():
+    assert TrainConfig(batch_size=16, accumulate=8, pipeline_microbatches=4).pipeline_microbatches == 4
+    with pytest.raises(ConfigError, match=r"pipeline_microbatches=3: must divide train\.accumulate=8"):
+        TrainConfig(batch_size=16, accumulate=8, pipeline_microbatches=3)
+
+
 @pytest.mark.parametrize("key", ["every", "keep"])
 def test_checkpoints_are_kept(key):
     with pytest.raises(ConfigError, match=f"config.{key}=0"):
