@@ -35,7 +35,7 @@ def is_first() -> bool:
 def process_rows(mesh: Mesh, rules: Rules, size: int, devices: Collection[Any] | None = None) -> tuple[int, ...]:
     """The rows of a batch of `size` that lie on `devices` (None: those of this process), in ascending order.
 
-    Where the batch is cut over all processes they share no row; those that a `model` or `stage` axis joins have the same.
+    Where the batch is cut over all processes they share no row; those joined by `model` or `stage` have the same ones.
     """
     devices = mesh.local_devices if devices is None else devices
     cuts = NamedSharding(mesh, rules.act("B")).devices_indices_map((size,))
