@@ -79,6 +79,8 @@ class MoEConfig(Config):
         with `prototype`, whose choices never share an expert), and under `probability`, `batch` and `random` any later
         token may push out an earlier one.
     dispatcher: see `moe.dispatch`. grouped: what computes the experts of those without a capacity, see `moe.grouped`.
+    exchange_chunks: into how many parts a dispatcher that moves tokens cuts its exchanges, so that one part travels
+        while the experts compute another; results stay the same. 1 is all at once.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
     """
@@ -104,6 +106,7 @@ class MoEConfig(Config):
     priority: Priority = "token"
     dispatcher: Literal["dense", "einsum", "gather", "dropless", "all_to_all", "ragged_all_to_all"] = "gather"
     grouped: Grouped = "auto"
+    exchange_chunks: int = option(1, ge=1)
     balance: BalanceConfig = BalanceConfig()
     expert_dropout: float = option(0.0, ge=0, lt=1)
     init_scale: float = option(1.0, gt=0)
@@ -149,6 +152,13 @@ class MoEConfig(Config):
                 "grouped",
                 self.grouped,
                 f"dispatcher={self.dispatcher} has no grouped products; use auto, or dispatcher=dropless",
+            )
+        if self.exchange_chunks > 1 and not DISPATCHERS[self.dispatcher].moves_tokens:
+            moving = " or ".join(name for name, cls in DISPATCHERS.items() if cls.moves_tokens)
+            raise ConfigError(
+                "exchange_chunks",
+                self.exchange_chunks,
+                f"{self.dispatcher} exchanges nothing; use 1, or dispatcher={moving}",
             )
         for name in ("capacity_factor", "capacity_factor_eval"):
             factor = getattr(self, name)

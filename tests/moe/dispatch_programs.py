@@ -24,6 +24,7 @@ from sparse_lm.moe.types import TokenChoice
 from sparse_lm.planning.hlo import Instruction, parse
 from sparse_lm.sharding import DEFAULT, abstract_sharded
 
+ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}  # as docs/performance.md says, there in LIBTPU_INIT_ARGS
 MOVES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 
 
@@ -40,14 +41,17 @@ class Sizes:
     slots: int = 80
 
 
-def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jnp.float32):
-    """The compiled program of one dispatcher on a mesh. gradients: by experts, tokens and gates as well."""
+def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jnp.float32, chunks=1, options=None):
+    """The compiled program of one dispatcher on a mesh. gradients: by experts, tokens and gates as well.
+
+    chunks: of its exchanges. options: of the compiler.
+    """
     with jax.set_mesh(mesh):
         shape = (sizes.experts, sizes.width, sizes.hidden)
         graph, state = nnx.split(jax.eval_shape(lambda: Experts(jax.random.key(0), shape, "swiglu")))
 
         def output(state, x_GSD, expert_GSK, gate_GSK):
-            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped)
+            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped, chunks)
             return dispatcher(nnx.merge(graph, state), x_GSD, TokenChoice(expert_GSK, gate_GSK))[0]
 
         def loss(*arguments):
@@ -64,7 +68,7 @@ def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jn
             described((*tokens, sizes.top_k), jnp.float32),
         )
         function = jax.grad(loss, (0, 1, 3)) if gradients else output
-        return jax.jit(function).lower(*arguments).compile()
+        return jax.jit(function).lower(*arguments).compile(options)
 
 
 def instructions(program) -> list[Instruction]:
@@ -82,21 +86,44 @@ def moves(program) -> dict[str, list[tuple[int, ...]]]:
     return dict(found)
 
 
+def behind_products(program) -> int:
+    """Exchanges that are under way while a product is computed: one stands between their start and their end."""
+    parsed = parse(program.as_text())
+    body = parsed.computations[parsed.entry]
+    place = {one.name: number for number, one in enumerate(body)}
+
+    def has_product(one: Instruction) -> bool:
+        inside = [inner for name, *_ in parsed.calls(one) for inner in parsed.computations.get(name, ())]
+        return (
+            one.opcode in ("dot", "convolution") or "tpu_custom_call" in one.attributes or any(map(has_product, inside))
+        )
+
+    ends = [one for one in body if one.opcode.endswith("all-to-all-done")]
+    return sum(any(map(has_product, body[place[one.operands[0]] : place[one.name]])) for one in ends)
+
+
 def main() -> None:
-    """For each `dispatcher/kernel` in the arguments: how many collectives and kernels, forward and with gradients."""
+    """For each `dispatcher/kernel/chunks` in the arguments, forward and with gradients: collectives, those of them that
+    are under way during a product, and kernels.
+    """
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
     mesh = make_mesh({"data": 2, "expert": 2}, devices)
-    sizes, answer = Sizes(width=128, hidden=256, slots=128), {}
+    sizes, answer = Sizes(width=512, hidden=1024, slots=128), {}
     for case in sys.argv[1:]:
-        name, grouped = case.split("/")
+        name, grouped, chunks = case.split("/")
         for gradients in (False, True):
-            found = instructions(compiled(name, sizes, mesh, grouped, gradients, jnp.bfloat16))
+            program = compiled(name, sizes, mesh, grouped, gradients, jnp.bfloat16, int(chunks), ASYNC)
+            found = instructions(program)
             count = collections.Counter(one.opcode.removesuffix("-start") for one in found)
             kernels = [one for one in found if one.opcode == "custom-call" and "tpu_custom_call" in one.attributes]
             kinds = {kind: count[kind] for kind in MOVES if count[kind]}
-            answer[f"{case}/{'gradients' if gradients else 'forward'}"] = {**kinds, "kernels": len(kernels)}
+            answer[f"{case}/{'gradients' if gradients else 'forward'}"] = {
+                **kinds,
+                "behind_products": behind_products(program),
+                "kernels": len(kernels),
+            }
     print(json.dumps(answer))
 
 

@@ -136,7 +136,8 @@ def test_memory_follows_the_formula_at_other_sizes(name, sizes):
 @pytest.fixture(scope="module")
 def on_tpu():
     """What the compiler for TPUs makes of two dispatchers, by kernel."""
-    cases = ["dropless/auto", "dropless/megablox", "ragged_all_to_all/auto"]
+    cases = ["dropless/auto/1", "dropless/megablox/1", "ragged_all_to_all/auto/1"]
+    cases += [f"{name}/auto/2" for name in ("all_to_all", "ragged_all_to_all")]
     surroundings = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     surroundings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, str(pathlib.Path(dispatch_programs.__file__)), *cases]
@@ -147,7 +148,7 @@ def on_tpu():
 
 @pytest.mark.slow
 def test_a_tpu_exchanges_ragged_rows_and_multiplies_them_by_kernels(on_tpu):
-    forward, gradients = (on_tpu[f"ragged_all_to_all/auto/{part}"] for part in ("forward", "gradients"))
+    forward, gradients = (on_tpu[f"ragged_all_to_all/auto/1/{part}"] for part in ("forward", "gradients"))
     assert forward["ragged-all-to-all"] == 2 and gradients["ragged-all-to-all"] == 4
     assert "all-to-all" not in gradients and "reduce-scatter" not in gradients
     # Three products forward, of which the last is not needed for gradients, and two gradients of each.
@@ -157,6 +158,6 @@ def test_a_tpu_exchanges_ragged_rows_and_multiplies_them_by_kernels(on_tpu):
 @pytest.mark.slow
 def test_both_kernels_compile_for_a_tpu(on_tpu):
     for kernel in ("auto", "megablox"):
-        forward, gradients = (on_tpu[f"dropless/{kernel}/{part}"] for part in ("forward", "gradients"))
+        forward, gradients = (on_tpu[f"dropless/{kernel}/1/{part}"] for part in ("forward", "gradients"))
         assert forward["kernels"] >= 3 and gradients["kernels"] > forward["kernels"]
         assert "all-to-all" not in gradients and gradients["reduce-scatter"] == 3

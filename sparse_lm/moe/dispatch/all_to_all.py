@@ -5,23 +5,29 @@ from __future__ import annotations
 import jax
 
 from sparse_lm.mesh import manual_axis_size
-from sparse_lm.moe.dispatch.base import Dispatcher, apply_experts
+from sparse_lm.moe.dispatch.base import Dispatcher, apply_experts, in_chunks
 from sparse_lm.moe.dispatch.gather import Routes
 
 
 class AllToAll(Dispatcher):
-    """Like `Gather`, with two exchanges forward and two backward per layer; capacity is per group, so nothing grows."""
+    """Like `Gather`, with two exchanges forward and two backward per layer; capacity is per group, so nothing grows.
+
+    With `exchange_chunks` above 1 as many times two, each of a part of every expert's slots.
+    """
 
     moves_tokens = True
 
     def local(self, experts, x_GSD, decision, ids_GS, key):
         """See `Dispatcher.local`."""
         routes = Routes.of(decision, experts.num_experts, self.slots)
-        x_ERD = _exchange(routes.to_slots(x_GSD), split=0, concat=1)
-        ids_ER = None
-        if key is not None and experts.dropout_rate > 0:
-            ids_ER = _exchange(routes.ids(ids_GS), split=0, concat=1)
-        y_ERD = _exchange(apply_experts(experts, x_ERD, ids_ER, key), split=1, concat=0)
+        ids_ER = routes.ids(ids_GS) if key is not None and experts.dropout_rate > 0 else None
+
+        def through(inputs):
+            x_ERD, ids_ER = jax.tree.map(lambda rows: _exchange(rows, split=0, concat=1), inputs)
+            return _exchange(apply_experts(experts, x_ERD, ids_ER, key), split=1, concat=0)
+
+        chunks = self.exchange_chunks if manual_axis_size("expert") > 1 else 1
+        y_ERD = in_chunks(through, (routes.to_slots(x_GSD), ids_ER), chunks)
         return routes.combine(y_ERD), routes.placement.slot_GSK >= 0
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -32,11 +34,13 @@ class Dispatcher(abc.ABC):
     """Takes tokens to their experts and back: `(experts, x_GSD, decision, key) -> (y_GSD, kept_GSK)`; no weights.
 
     grouped: the kernel of those that have no capacity, see `moe.grouped`.
+    exchange_chunks: into how many parts those that move tokens cut an exchange, see `in_chunks`.
     """
 
     slots: SlotRule
     rules: Rules
     grouped: Grouped = "auto"
+    exchange_chunks: int = 1
 
     @abc.abstractmethod
     def local(
@@ -93,3 +97,22 @@ def apply_experts(experts: Experts, x_ERD: jax.Array, ids_ER: jax.Array | None, 
     first = axis_index("expert") * local if local < experts.num_experts else 0
     expert_E1 = first + jnp.arange(local, dtype=jnp.int32)[:, None]
     return experts(x_ERD, ids_ER * experts.num_experts + expert_E1, key)
+
+
+def in_chunks(body: Callable, inputs, chunks: int):
+    """`body(inputs)` chunk by chunk along the second axis of all arrays, results side by side again.
+
+    No chunk waits for another, so that the compiler can exchange the next one while the experts are at this one, and
+    the same backwards: software pipelining by the scheduler. Unrolled, since it does not look past the end of a loop's
+    iteration. Chunks are at most as many as there are rows, and differ by a row where they do not come out even.
+    """
+    length = jax.tree.leaves(inputs)[0].shape[1]
+    chunks = min(chunks, length)
+    if chunks == 1:
+        return body(inputs)
+    ends = [length * i // chunks for i in range(chunks + 1)]
+    sizes = [stop - start for start, stop in itertools.pairwise(ends)]
+    leaves, treedef = jax.tree.flatten(inputs)
+    cut = zip(*(jax.lax.split(leaf, sizes, axis=1) for leaf in leaves), strict=True)
+    results = [body(jax.tree.unflatten(treedef, part)) for part in cut]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)

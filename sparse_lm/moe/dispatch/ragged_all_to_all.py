@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sparse_lm.mesh import axis_index, manual_axis_size
-from sparse_lm.moe.dispatch.base import Dispatcher
+from sparse_lm.moe.dispatch.base import Dispatcher, in_chunks
 from sparse_lm.moe.dispatch.dropless import experts_on_rows, loads, sorted_routes
 from sparse_lm.moe.dispatch.exchange import exchange, move
 from sparse_lm.moe.dispatch.gather import permuted
@@ -20,7 +20,8 @@ class RaggedAllToAll(Dispatcher):
     """Sorts by destination, tells all devices the counts, exchanges, sorts by expert, and takes the same way back.
 
     A device has room for all assignments of the devices along its `expert` axis, since all may choose its experts:
-    nothing is dropped, whatever the mesh.
+    nothing is dropped, whatever the mesh. With `exchange_chunks` above 1 it does all of that for a part of every
+    group's tokens at a time.
     """
 
     moves_tokens = True
@@ -28,6 +29,11 @@ class RaggedAllToAll(Dispatcher):
 
     def local(self, experts, x_GSD, decision, ids_GS, key):
         """See `Dispatcher.local`."""
+        chunks = self.exchange_chunks if manual_axis_size("expert") > 1 else 1
+        # Nothing is dropped, so that the tokens of a chunk know nothing of the others.
+        return in_chunks(lambda inputs: self._chunk(experts, *inputs, key), (x_GSD, decision, ids_GS), chunks)
+
+    def _chunk(self, experts, x_GSD, decision, ids_GS, key):
         num_experts, kernel = experts.num_experts, self.kernel
         count_E, rows = loads(decision, num_experts), decision.expert_GSK.size
         routes = sorted_routes(decision, count_E, jnp.cumsum(count_E) - count_E, rows)
