@@ -89,10 +89,7 @@ class Experiment(Config):
         if model.vocab_size is not None:
             cuts.append(("model.vocab_size", model.vocab_size, "model"))
         if moe is not None:
-            cuts += [
-                ("model.moe.num_experts", moe.num_experts, "expert"),
-                ("model.moe.d_expert", model.d_expert, "model"),
-            ]
+            cuts.append(("model.moe.d_expert", model.d_expert, "model"))
         if model.attention is not None:
             cuts.append(("model.attention.num_experts", model.attention.num_experts, "expert"))
         if model.depth is not None and model.depth.predictor == "mlp":
@@ -102,6 +99,14 @@ class Experiment(Config):
             if value % math.prod(sizes[axis] for axis in axes):
                 ways = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
                 raise ConfigError(key, value, f"must be a multiple of {ways}, or change the mesh")
+        ways = sizes["expert"] * sizes["model"]
+        if moe is not None and moe.num_experts % sizes["expert"] and model.d_expert % ways:
+            raise ConfigError(
+                "model.moe.num_experts",
+                moe.num_experts,
+                f"must be a multiple of mesh.expert={sizes['expert']}, or model.moe.d_expert={model.d_expert} one of "
+                f"mesh.expert x mesh.model={ways}, so that experts can be cut along it; or change the mesh",
+            )
         if sizes["stage"] > 1:
             self._check_stages(sizes["stage"])
         return sizes

@@ -129,25 +129,27 @@ class Rules:
         take = jax.shard_map(lambda table, rows: table[rows], in_specs=(PartitionSpec(), places), out_specs=spec)
         return take(_reshard(table, PartitionSpec(*(None,) * table.ndim)), _reshard(rows, places))
 
-    def parameter_specs(self, tree):
+    def parameter_specs(self, tree, mesh=None):
         """The partition of every leaf of a tree of parameters, or of anything shaped and named like them.
 
         A leaf is recognised by its name: `up_EDF` has axes E, D, F, and one more N in front when layers are stacked.
         A leaf without such a name (a step counter, a factored statistic of another rank) is not cut.
+        mesh: the partition on that one, whole along axes that it cannot cut evenly; what would cut E there cuts F.
         """
 
         def spec(path, leaf):
             letters = letters_of(path, leaf.ndim)
-            return PartitionSpec() if letters is None else self.param(letters)
+            if letters is None:
+                return PartitionSpec()
+            if mesh is None or mesh.empty:
+                return self.param(letters)
+            return _even(_hidden_for_experts(self.param(letters), letters, leaf, mesh), leaf, mesh)
 
         return jax.tree_util.tree_map_with_path(spec, tree)
 
     def shard_parameters(self, tree):
-        """Every leaf of the tree laid out as `parameter_specs` says, but whole along axes that cannot be cut evenly."""
-        mesh = jax.sharding.get_abstract_mesh()
-        return jax.tree.map(
-            lambda leaf, spec: _reshard(leaf, _even(spec, leaf, mesh)), tree, self.parameter_specs(tree)
-        )
+        """Every leaf of the tree laid out as `parameter_specs` says for the mesh that is set."""
+        return jax.tree.map(_reshard, tree, self.parameter_specs(tree, jax.sharding.get_abstract_mesh()))
 
     def per_device(self, body: Callable, parameters, activations, replicated, checked: bool = True):
         """`body(parameters, activations, replicated)` on every device's own shards: the one `shard_map` of a model.
@@ -157,11 +159,12 @@ class Rules:
         False for kernels that cannot declare which of their results differ between devices.
         Without a mesh it is a plain call.
         """
-        if jax.sharding.get_abstract_mesh().empty:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
             return body(parameters, activations, replicated)
         first = self.act("G")
         parameters = self.shard_parameters(parameters)
-        specs = (self.parameter_specs(parameters), first, PartitionSpec())
+        specs = (self.parameter_specs(parameters, mesh), first, PartitionSpec())
         shard_map = jax.shard_map(body, in_specs=specs, out_specs=first, check_vma=checked)
         return shard_map(parameters, activations, replicated)
 
@@ -199,9 +202,10 @@ class Rules:
         run = jax.shard_map(body, in_specs=specs, out_specs=specs[0], axis_names={"stage"}, check_vma=False)
         return run(staged(own), staged(shared, cut=False))
 
-    def gather_shards(self, tree, keep: tuple[str, ...] = (), dtype=None):
+    def gather_shards(self, tree, keep: tuple[str, ...] = (), dtype=None, specs=None):
         """For use inside a `shard_map`: parameters all-gathered over all axes but `model` and those in `keep`.
 
+        specs: how they are stored, from `parameter_specs` outside; None is as the table says for every mesh.
         Here the gradient's reduce-scatter is explicit: it is the transpose of the tiled all-gather.
         """
 
@@ -213,7 +217,7 @@ class Rules:
                         leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
             return leaf
 
-        return jax.tree.map(gather, tree, self.parameter_specs(tree))
+        return jax.tree.map(gather, tree, self.parameter_specs(tree) if specs is None else specs)
 
 
 def letters_of(path, ndim: int) -> str | None:
@@ -275,6 +279,18 @@ def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
     return PartitionSpec(*(prefix(size, cut) for size, cut in zip(leaf.shape, spec, strict=False)))
 
 
+def _hidden_for_experts(spec: PartitionSpec, letters: str, leaf, mesh) -> PartitionSpec:
+    """With F cut further by what does not divide E, where that is even: every device has a part of all experts."""
+    if "E" not in letters or "F" not in letters:
+        return spec
+    expert, hidden, entries = letters.index("E"), letters.index("F"), list(spec)
+    both = (*_as_tuple(spec[hidden]), *_as_tuple(spec[expert]))
+    if leaf.shape[expert] % _ways(mesh, spec[expert]) == 0 or leaf.shape[hidden] % _ways(mesh, both):
+        return spec
+    entries[expert], entries[hidden] = None, both
+    return PartitionSpec(*entries)
+
+
 def _ways(mesh, axes: Axes) -> int:
     """Into how many parts these mesh axes cut."""
     return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
@@ -329,6 +345,6 @@ def abstract_sharded(tree, rules: Rules, mesh: Mesh):
     """`jax.ShapeDtypeStruct`s of a tree of parameters (or of anything named like them), laid out by the rules."""
 
     def shaped(leaf, spec):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, _even(spec, leaf, mesh)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(shaped, tree, rules.parameter_specs(tree))
+    return jax.tree.map(shaped, tree, rules.parameter_specs(tree, mesh))

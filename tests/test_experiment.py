@@ -71,6 +71,7 @@ def test_groups_that_tile_the_rows_pass(size):
         ({"expert": 4}, 8, (2, 1, 4, 1)),
         ({"data": 2, "fsdp": -1, "model": 2}, 8, (2, 2, 1, 2)),
         ({"data": 1, "expert": 2, "model": 4}, 8, (1, 1, 2, 4)),
+        ({"data": 1, "expert": 8}, 8, (1, 1, 8, 1)),  # four experts, whose hidden width is cut instead
     ],
 )
 def test_mesh_sizes(mesh, devices, expected):
@@ -103,7 +104,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, devices, words):
         ({"model__d_ff": 18}, "model.d_ff", "model"),
         ({"model__vocab_size": 10}, "model.vocab_size", "model"),
         ({"model__moe__d_expert": 6}, "model.moe.d_expert", "model"),
-        ({"model__moe__num_experts": 6}, "model.moe.num_experts", "expert"),
+        ({"model__moe__num_experts": 6, "model__moe__d_expert": 6}, "model.moe.num_experts", "expert"),
         ({"model__attention": SwitchHead(num_experts=6)}, "model.attention.num_experts", "expert"),
         ({"model__d_model": 18, "model__num_heads": 1, "model__head_dim": 4}, "model.d_model", "fsdp"),
         ({"data__length": 18, "model__moe__group_size": 9}, "data.length", "context"),

@@ -262,6 +262,18 @@ def test_an_axis_that_cannot_be_cut_evenly_stays_whole(mesh_of):
     assert shapes["up_EDF"].sharding.spec == P("expert", "fsdp", "model")
 
 
+def test_experts_that_cannot_be_shared_out_are_cut_along_their_hidden_width(mesh_of):
+    tree = {"up_EDF": normal(0, 6, 4, 8), "layers": {"down_EFD": normal(1, 3, 2, 8, 4)}, "odd_EF": normal(2, 6, 7)}
+    mesh = mesh_of(expert=4, model=2)
+    assert DEFAULT.parameter_specs(tree, mesh) == {
+        "up_EDF": P(None, "fsdp", ("model", "expert")),
+        "layers": {"down_EFD": P(None, None, ("model", "expert"), "fsdp")},
+        "odd_EF": P(None, None),
+    }
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(DEFAULT.shard_parameters(tree)["up_EDF"], tree["up_EDF"])
+
+
 def test_the_default_table_is_about_known_letters():
     letters = {letter for letter, _ in (*DEFAULT.activations, *DEFAULT.parameters)}
     assert letters <= set(LETTERS)

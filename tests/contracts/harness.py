@@ -138,18 +138,19 @@ def run(case: cases.Case, mesh: jax.sharding.Mesh | None = None, dtype: Any = jn
 
 
 @functools.cache
-def expected(name: str) -> tuple[oracle.Answer, float, dict[str, np.ndarray], np.ndarray]:
-    """The oracle's answer, and its loss and gradients by differentiation."""
-    problem = problem_of(name)
+def expected(name: str, dtype: Any = jnp.float32) -> tuple[oracle.Answer, float, dict[str, np.ndarray], np.ndarray]:
+    """The oracle's answer, and its loss and gradients by differentiation. dtype: what its input is rounded to."""
+    problem = problem_of(name, dtype)
     answer = oracle.layer(problem)
     loss, d_weights, d_x = oracle.gradients(problem, answer)
     return answer, loss, dict(d_weights), d_x
 
 
-def problem_of(name: str) -> oracle.Problem:
-    """A router case as the oracle sees it."""
+def problem_of(name: str, dtype: Any = jnp.float32) -> oracle.Problem:
+    """A router case as the oracle sees it, its input rounded as that of a layer of this type."""
     case = cases.ROUTER_CASES[name]
     x_BLD, mask_BL = inputs()
+    x_BLD = np.asarray(jnp.asarray(x_BLD, dtype))
     weights, state = (
         {key: value.astype(np.float64) for key, value in named(nnx.state(build(case), kind)).items()}
         for kind in (nnx.Param, RouterState)
@@ -158,9 +159,9 @@ def problem_of(name: str) -> oracle.Problem:
     return oracle.Problem(case.moe, case.activation, case.training, weights, *rows, state)
 
 
-def compare(got: Outcome, name: str) -> dict[str, float]:
-    """Deviation from the oracle, by quantity; raises where a count differs."""
-    answer, loss, d_weights, d_x = expected(name)
+def compare(got: Outcome, name: str, dtype: Any = jnp.float32) -> dict[str, float]:
+    """Deviation from the oracle, by quantity; raises where a count differs. dtype: of the layer's input."""
+    answer, loss, d_weights, d_x = expected(name, dtype)
     router, dispatch = got.stats.router, got.stats.dispatch
     for field in ("tokens", "padding", "declined"):
         np.testing.assert_array_equal(getattr(router, f"{field}_U"), [getattr(unit, field) for unit in answer.units])

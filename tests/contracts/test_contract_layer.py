@@ -18,6 +18,7 @@ from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.moe.slots import PRIORITIES
 
 TOLERANCE = 1e-5  # of the largest value of each quantity
+TOLERANCE_BF16 = 3e-2
 ORDER = {name: i for i, name in enumerate(cases.ROUTER_CASES)}
 
 
@@ -93,21 +94,23 @@ def test_every_kind_of_router_on_a_mesh_equals_the_oracle(name, dispatcher, size
     _check(harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher), mesh), name, record_property)
 
 
-def _check(got, name, record_property):
+def _check(got, name, record_property, dtype=jnp.float32):
     assert got.unaccounted == 0
-    deviations = harness.compare(got, name)
+    tolerance = TOLERANCE if dtype == jnp.float32 else TOLERANCE_BF16
+    deviations = harness.compare(got, name, dtype)
     worst = max(deviations, key=lambda key: deviations[key])
     record_property("worst", f"{worst} {deviations[worst]:.2g}")
-    assert deviations[worst] < TOLERANCE, {key: value for key, value in deviations.items() if value >= TOLERANCE}
+    assert deviations[worst] < tolerance, {key: value for key, value in deviations.items() if value >= tolerance}
 
 
-@pytest.mark.parametrize("dispatcher", cases.LIMITED)
-@pytest.mark.parametrize("name", ["switch_shared", "top2_after_drop"])
-def test_bfloat16_is_close_and_keeps_the_statistics_in_float32(name, dispatcher):
-    got = harness.run(cases.dispatched(cases.ROUTER_CASES[name], dispatcher), dtype=jnp.bfloat16)
-    # The oracle sees the rounded input, so that both route alike; the rest is the rounding of the experts.
-    exact = harness.run(cases.ROUTER_CASES[name], dtype=jnp.bfloat16)
-    full = harness.run(dataclasses.replace(cases.ROUTER_CASES[name]))
+ROUNDED = [(name, dispatcher, "one") for name in cases.MESH_CASES[:2] for dispatcher in cases.LIMITED]
+ROUNDED += [("dropless", "dropless", "one"), ("dropless", "ragged_all_to_all", "data2-expert4")]
+
+
+@pytest.mark.parametrize(("name", "dispatcher", "sizes"), ROUNDED)
+def test_bfloat16_is_close_and_keeps_the_statistics_in_float32(name, dispatcher, sizes, mesh_of, record_property):
+    case = cases.dispatched(cases.ROUTER_CASES[name], dispatcher)
+    got = harness.run(case, mesh_of(**cases.MESHES[sizes]) if sizes != "one" else None, dtype=jnp.bfloat16)
     assert got.y_BLD.dtype == jnp.bfloat16
     assert got.d_x.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(got.d_weights)} == {np.dtype("float32")}
@@ -115,10 +118,8 @@ def test_bfloat16_is_close_and_keeps_the_statistics_in_float32(name, dispatcher)
         assert getattr(got.stats.router, field).dtype == np.float32
     for field in ("tokens_U", "padding_U", "declined_U", "load_UE"):
         assert getattr(got.stats.router, field).dtype == np.int32
-    assert got.unaccounted == 0
-    np.testing.assert_array_equal(got.stats.dispatch.kept, exact.stats.dispatch.kept)
-    assert harness.deviation(got.y_BLD, exact.y_BLD) < 1e-2
-    assert harness.deviation(got.loss, full.loss) < 2e-2
+    # The oracle sees the rounded input, so that both route alike; the rest is the rounding of the experts.
+    _check(got, name, record_property, jnp.bfloat16)
 
 
 def noisy(dispatcher):

@@ -13,7 +13,7 @@ from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.types import TokenChoice
 from sparse_lm.sharding import DEFAULT
 
-G, S, E, D, K = 4, 6, 4, 5, 2
+G, S, E, D, K = 8, 6, 4, 5, 2
 RNG = np.random.default_rng(0)
 LOADS = {
     "mixed": np.stack([RNG.permutation(E)[:K] for _ in range(G * S)]).reshape(G, S, K),

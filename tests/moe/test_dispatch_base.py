@@ -94,6 +94,9 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_computed(na
 def test_a_mesh_that_cannot_cut_the_experts_evenly_is_refused(name, devices, mesh_of):
     with (
         jax.set_mesh(mesh_of(expert=devices)),
-        pytest.raises(ConfigError, match=rf"num_experts=3.*mesh.expert={devices} does not divide it; use a multiple"),
+        pytest.raises(
+            ConfigError,
+            match=rf"num_experts=3.*mesh.expert={devices} does not divide it, nor .* width 7; use a multiple",
+        ),
     ):
         DISPATCHERS[name](SlotRule(1), DEFAULT)(experts(), X_GSD, DECISION)

@@ -114,11 +114,15 @@ def test_one_device_keeps_its_rows():
     np.testing.assert_array_equal(pull(jnp.ones((5, 2)))[0], [[1, 1]] * 3 + [[0, 0]])
 
 
-def as_documented(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+def as_documented(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name, axis_index_groups
+):
     """What the documentation of `jax.lax.ragged_all_to_all` says, slice by slice."""
-    gathered = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
-    everyone, starts, sizes, places = gathered
-    here = jax.lax.axis_index(axis_name)
+    everyone, starts, sizes, places = (
+        jax.lax.all_gather(x, axis_name, axis_index_groups=axis_index_groups)
+        for x in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    here = jax.lax.axis_index(axis_name) % N
     row = jnp.arange(output.shape[0])
     for sender in range(N):
         number = row - places[sender, here]
@@ -147,4 +151,14 @@ def test_the_collective_of_accelerators_is_told_the_same(mesh, monkeypatch):
         got = on_devices(mesh, by_collective, x, table(size))
         np.testing.assert_array_equal(got[0], looped(x, size))
         np.testing.assert_allclose(got[1], on_devices(mesh, there, x, table(size))[1], rtol=1e-6)
-    assert called == [{"axis_name": "expert"}] * 2  # traced once
+    assert called == [{"axis_name": "expert", "axis_index_groups": None}] * 2  # traced once
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_runs_of_devices_exchange_among_themselves(platform, mesh_of, monkeypatch):
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", as_documented)
+    first, second = ((rows_of(seed, SIZES[name]), SIZES[name]) for seed, name in enumerate(("mixed", "all_to_one")))
+    rows, tables = np.concatenate([first[0], second[0]]), np.concatenate([table(first[1]), table(second[1])])
+    got = on_devices(mesh_of(expert=2 * N), lambda x_RD, size_NN: move(x_RD, size_NN, ROOM), rows, tables)
+    np.testing.assert_array_equal(got, np.concatenate([looped(*first), looped(*second)]))

@@ -87,10 +87,10 @@ def test_the_exchange_brings_all_tokens_of_an_expert_together_and_back(mesh_of):
     x = jnp.arange(4 * 4 * 2.0).reshape(4 * 4, 2)  # four devices, each with two rows for each of four experts
 
     def there(_, x_ER, __):
-        return _exchange(x_ER, 0, 1)
+        return _exchange(x_ER, 4, 0, 1)
 
     def back(_, x_ER, __):
-        return _exchange(_exchange(x_ER, 0, 1), 1, 0)
+        return _exchange(_exchange(x_ER, 4, 0, 1), 4, 1, 0)
 
     with jax.set_mesh(mesh_of(expert=4)):
         stored = DEFAULT.constrain(x, "G.")

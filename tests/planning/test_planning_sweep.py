@@ -16,7 +16,7 @@ from sparse_lm.planning.sweep import COLUMNS, parse_sweep, sweep, to_csv, to_mar
 
 @pytest.fixture(scope="module")
 def rows():
-    config = resolve(tiny.experiment(model__dropout=0.0, mesh__data=-1))
+    config = resolve(tiny.experiment(model__dropout=0.0, model__moe__d_expert=12, mesh__data=-1))
     axes = parse_sweep("num_experts=4,8 top_k=1,2 mesh.expert=2,8 topology=v5e:2x4,h100:8")
     return sweep(config, axes, lambda changed, topology: plan_topology(changed, topology, compile_step=False))
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparse_lm.config import ConfigError
-from sparse_lm.mesh import axis_index, manual_axis_size, platform, sum_over
+from sparse_lm.mesh import manual_axis_size, platform, sum_over
+from sparse_lm.moe.dispatch.replicas import own_experts, place
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.grouped import Grouped, Kernel, kernel_of
 from sparse_lm.moe.slots import SlotRule
@@ -62,28 +63,36 @@ class Dispatcher(abc.ABC):
         """Each token's gated sum over its experts, in the dtype of x, and which assignments were kept.
 
         The gated sum is taken in float32. key: None is evaluation, without expert dropout. Raises `ConfigError` where
-        the mesh cannot cut the experts evenly.
+        the mesh can cut the experts evenly neither along E nor along F.
         """
-        devices = manual_axis_size("expert")
-        if experts.num_experts % devices:
-            raise ConfigError(
-                "model.moe.num_experts",
-                experts.num_experts,
-                f"mesh.expert={devices} does not divide it; use a multiple, or fewer devices along mesh.expert",
-            )
+        specs = self._stored(experts)
         groups, size = x_GSD.shape[:2]
         ids_GS = self.rules.constrain(jnp.arange(groups * size, dtype=jnp.int32).reshape(groups, size), "GS")
         keep = ("expert",) if self.moves_tokens else ()
 
         def body(experts, tokens, key):
             x_GSD, decision, ids_GS = tokens
-            experts = self.rules.gather_shards(experts, keep, x_GSD.dtype)
+            if self.moves_tokens:
+                experts = own_experts(experts, specs, x_GSD.dtype)
+            experts = self.rules.gather_shards(experts, keep, x_GSD.dtype, specs)
             y_GSD, kept_GSK = self.local(experts, x_GSD, decision, ids_GS, key)
             # A shard of F gave a partial sum; the combination is linear, so the sum is taken once, at its narrowest.
             return sum_over(y_GSD, "model").astype(x_GSD.dtype), kept_GSK
 
         checked = self.has_capacity or self.kernel.checked
         return self.rules.per_device(body, experts, (x_GSD, decision, ids_GS), key, checked)
+
+    def _stored(self, experts: Experts):
+        """How the experts lie on the mesh that is set."""
+        devices, ways = manual_axis_size("expert"), manual_axis_size("expert") * manual_axis_size("model")
+        if experts.num_experts % devices and experts.d_hidden % ways:
+            raise ConfigError(
+                "model.moe.num_experts",
+                experts.num_experts,
+                f"mesh.expert={devices} does not divide it, nor mesh.expert x mesh.model={ways} the experts' hidden "
+                f"width {experts.d_hidden}; use a multiple in one of them, or fewer devices along mesh.expert",
+            )
+        return self.rules.parameter_specs(experts, jax.sharding.get_abstract_mesh())
 
 
 def apply_experts(experts: Experts, x_ERD: jax.Array, ids_ER: jax.Array | None, key: jax.Array | None) -> jax.Array:
@@ -94,7 +103,7 @@ def apply_experts(experts: Experts, x_ERD: jax.Array, ids_ER: jax.Array | None, 
     if ids_ER is None or key is None or experts.dropout_rate == 0:
         return experts(x_ERD)
     local = ids_ER.shape[0]
-    first = axis_index("expert") * local if local < experts.num_experts else 0
+    first = place(experts.num_experts // local) * local
     expert_E1 = first + jnp.arange(local, dtype=jnp.int32)[:, None]
     return experts(x_ERD, ids_ER * experts.num_experts + expert_E1, key)
 

@@ -1,4 +1,7 @@
-"""Rows from every device of the `expert` axis to every other, as many as each has for each: a ragged all-to-all."""
+"""Rows from every device of the `expert` axis to every other, as many as each has for each: a ragged all-to-all.
+
+Or within runs of neighbours along that axis, see `dispatch.replicas`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparse_lm.mesh import axis_index, manual_axis_size, platform
+from sparse_lm.mesh import platform
+from sparse_lm.moe.dispatch.replicas import place, runs
 
 
 def exchange(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int, back: int) -> jax.Array:
     """Sends this device's rows, sorted by destination, and returns those for it, sorted by sender; zeros behind them.
 
-    size_NN: rows from each device of the axis (first index) to each, the same on all of them. rows: of the result,
+    size_NN: rows from each device of the run (first index) to each, the same on all of them. rows: of the result,
     which have to be enough for all that is sent here. back: rows of x, which the gradient has again.
     The gradient takes the way back, which is the same exchange by the transposed table.
     """
@@ -41,18 +45,20 @@ _exchange.defvjp(_forward, _backward)
 
 def move(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int) -> jax.Array:
     """The same for any type and without a gradient."""
-    here = axis_index("expert")
+    devices = size_NN.shape[0]
+    here, groups = place(devices), runs(devices)
     sent_N, received_N = size_NN[here], size_NN[:, here]
-    if manual_axis_size("expert") == 1:
+    if devices == 1:
         return _taken(x_RD, jnp.where(jnp.arange(rows) < sent_N[0], jnp.arange(rows), x_RD.shape[0]))
     if platform() == "cpu":
-        return _padded(x_RD, sent_N, received_N, rows)
+        return _padded(x_RD, sent_N, received_N, rows, groups)
     output = jnp.zeros_like(x_RD, shape=(rows, *x_RD.shape[1:]))
     place_N = _before(size_NN)[here]
-    return jax.lax.ragged_all_to_all(x_RD, output, _before(sent_N), sent_N, place_N, received_N, axis_name="expert")
+    described = (_before(sent_N), sent_N, place_N, received_N)
+    return jax.lax.ragged_all_to_all(x_RD, output, *described, axis_name="expert", axis_index_groups=groups)
 
 
-def _padded(x_RD: jax.Array, sent_N: jax.Array, received_N: jax.Array, rows: int) -> jax.Array:
+def _padded(x_RD: jax.Array, sent_N: jax.Array, received_N: jax.Array, rows: int, groups) -> jax.Array:
     """The same by an ordinary all-to-all, every part of it as long as the longest could be.
 
     XLA has no ragged one on CPU (https://github.com/jax-ml/jax/issues/34755).
@@ -60,7 +66,7 @@ def _padded(x_RD: jax.Array, sent_N: jax.Array, received_N: jax.Array, rows: int
     most = min(x_RD.shape[0], rows)  # one device to another: neither can have more
     number_NR = jnp.arange(most, dtype=jnp.int32)[None]
     own_NR = jnp.where(number_NR < sent_N[:, None], _before(sent_N)[:, None] + number_NR, x_RD.shape[0])
-    parts_NRD = jax.lax.all_to_all(_taken(x_RD, own_NR), "expert", split_axis=0, concat_axis=0, tiled=True)
+    parts_NRD = jax.lax.all_to_all(_taken(x_RD, own_NR), "expert", 0, 0, axis_index_groups=groups, tiled=True)
     row_Q = jnp.arange(rows, dtype=jnp.int32)
     sender_Q = jnp.searchsorted(jnp.cumsum(received_N), row_Q, side="right").astype(jnp.int32)
     number_Q = row_Q - _before(received_N).at[sender_Q].get(mode="clip")

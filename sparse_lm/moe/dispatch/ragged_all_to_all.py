@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparse_lm.mesh import axis_index, manual_axis_size
 from sparse_lm.moe.dispatch.base import Dispatcher, in_chunks
 from sparse_lm.moe.dispatch.dropless import experts_on_rows, loads, sorted_routes
 from sparse_lm.moe.dispatch.exchange import exchange, move
 from sparse_lm.moe.dispatch.gather import permuted
+from sparse_lm.moe.dispatch.replicas import place, runs, sharers
 from sparse_lm.moe.grouped import Layout
 
 
 class RaggedAllToAll(Dispatcher):
     """Sorts by destination, tells all devices the counts, exchanges, sorts by expert, and takes the same way back.
 
-    A device has room for all assignments of the devices along its `expert` axis, since all may choose its experts:
-    nothing is dropped, whatever the mesh. With `exchange_chunks` above 1 it does all of that for a part of every
-    group's tokens at a time.
+    A device has room for all assignments of the devices that it shares the experts with, since all may choose its
+    experts: nothing is dropped, whatever the mesh. With `exchange_chunks` above 1 it does all of that for a part of
+    every group's tokens at a time.
     """
 
     moves_tokens = True
@@ -29,7 +30,7 @@ class RaggedAllToAll(Dispatcher):
 
     def local(self, experts, x_GSD, decision, ids_GS, key):
         """See `Dispatcher.local`."""
-        chunks = self.exchange_chunks if manual_axis_size("expert") > 1 else 1
+        chunks = self.exchange_chunks if sharers(experts.num_experts) > 1 else 1
         # Nothing is dropped, so that the tokens of a chunk know nothing of the others.
         return in_chunks(lambda inputs: self._chunk(experts, *inputs, key), (x_GSD, decision, ids_GS), chunks)
 
@@ -46,7 +47,7 @@ class RaggedAllToAll(Dispatcher):
         ids_R = None
         if key is not None and experts.dropout_rate > 0:
             ids_Q = move(routes.ids(ids_GS)[0][:, None], traffic.size_NN, room)[:, 0]
-            first = axis_index("expert") * layout.first_E.shape[0]
+            first = place(traffic.devices) * layout.first_E.shape[0]
             ids_R = ids_Q.at[from_R].get(mode="fill", fill_value=0) * num_experts + first + layout.expert_R
         y_RD = experts_on_rows(experts, x_RD, (layout, kernel), ids_R, key)
         y_QD, _ = permuted(y_RD, from_R, room)
@@ -57,7 +58,7 @@ class RaggedAllToAll(Dispatcher):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Who sends how much to whom. N: devices along the `expert` axis.
+    """Who sends how much to whom. N: devices that share the experts, see `dispatch.replicas`.
 
     size_NN: rows from each device to each. arriving_NE: rows for this device's own experts, by sender.
     """
@@ -68,14 +69,15 @@ class Traffic:
     @classmethod
     def of(cls, count_E: Int[Array, "E"]) -> Traffic:
         """count_E: rows that this device has for each of all experts. Every device learns the counts of the others."""
-        devices = manual_axis_size("expert")
-        count_NE = jax.lax.all_gather(count_E, "expert") if devices > 1 else count_E[None]
+        devices = sharers(count_E.size)
+        gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis_index_groups=runs(devices))
+        count_NE = gather(count_E) if devices > 1 else count_E[None]
         count_NNE = count_NE.reshape(devices, devices, -1)
-        return cls(jnp.sum(count_NNE, axis=2), count_NNE[:, axis_index("expert")])
+        return cls(jnp.sum(count_NNE, axis=2), count_NNE[:, place(devices)])
 
     @property
     def devices(self) -> int:
-        """Devices along the `expert` axis."""
+        """Those that exchange."""
         return self.size_NN.shape[0]
 
     def rows_in(self, layout: Layout, room: int) -> Int[Array, "Q"]:
