@@ -99,13 +99,13 @@ class Experiment(Config):
             if value % math.prod(sizes[axis] for axis in axes):
                 ways = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
                 raise ConfigError(key, value, f"must be a multiple of {ways}, or change the mesh")
-        ways = sizes["expert"] * sizes["model"]
-        if moe is not None and moe.num_experts % sizes["expert"] and model.d_expert % ways:
+        parts = sizes["expert"] * sizes["model"]
+        if moe is not None and moe.num_experts % sizes["expert"] and model.d_expert % parts:
             raise ConfigError(
                 "model.moe.num_experts",
                 moe.num_experts,
                 f"must be a multiple of mesh.expert={sizes['expert']}, or model.moe.d_expert={model.d_expert} one of "
-                f"mesh.expert x mesh.model={ways}, so that experts can be cut along it; or change the mesh",
+                f"mesh.expert x mesh.model={parts}, so that experts can be cut along it; or change the mesh",
             )
         if sizes["stage"] > 1:
             self._check_stages(sizes["stage"])

@@ -269,8 +269,6 @@ def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
 
     A single stage leaves no trace: a scan over layers wants them whole.
     """
-    if mesh.empty:
-        return spec
 
     def prefix(size: int, cut: Axes) -> Axes:
         axes = tuple(axis for axis in _as_tuple(cut) if axis != "stage" or mesh.shape[axis] > 1)
@@ -281,9 +279,9 @@ def _even(spec: PartitionSpec, leaf, mesh) -> PartitionSpec:
 
 def _hidden_for_experts(spec: PartitionSpec, letters: str, leaf, mesh) -> PartitionSpec:
     """With F cut further by what does not divide E, where that is even: every device has a part of all experts."""
-    if "E" not in letters or "F" not in letters:
+    expert, hidden, entries = letters.find("E"), letters.find("F"), list(spec)
+    if min(expert, hidden) < 0:
         return spec
-    expert, hidden, entries = letters.index("E"), letters.index("F"), list(spec)
     both = (*_as_tuple(spec[hidden]), *_as_tuple(spec[expert]))
     if leaf.shape[expert] % _ways(mesh, spec[expert]) == 0 or leaf.shape[hidden] % _ways(mesh, both):
         return spec

@@ -92,7 +92,7 @@ class MoE(nnx.Module):
         unit = length if config.balance.scope == "sequence" else size
         stats = LayerStats(
             router_stats(counted, scores, mask_GS, unit, rules),
-            dispatch_stats(counted, kept_GSK, mask_GS),
+            dispatch_stats(counted, kept_GSK, mask_GS, config.num_choices),
             counted if replay is not None and replay.record else None,
             None
             if scores.carried_GSE is None

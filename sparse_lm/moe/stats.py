@@ -47,7 +47,9 @@ def router_stats(
     )
 
 
-def dispatch_stats(decision: TokenChoice, kept_GSK: Bool[Array, "G S K"], mask_GS: Bool[Array, "G S"]) -> DispatchStats:
+def dispatch_stats(
+    decision: TokenChoice, kept_GSK: Bool[Array, "G S K"], mask_GS: Bool[Array, "G S"], num_experts: int
+) -> DispatchStats:
     """Counts over all groups. kept_GSK: True where the assignment found a slot."""
     size, top_k = decision.expert_GSK.shape[1:]
     chosen_GSK = decision.expert_GSK >= 0
@@ -63,6 +65,8 @@ def dispatch_stats(decision: TokenChoice, kept_GSK: Bool[Array, "G S K"], mask_G
     def histogram(x, bins):
         return jnp.sum(x[..., None] == jnp.arange(bins), axis=tuple(range(x.ndim)), dtype=jnp.int32)
 
+    expert_GSK = jnp.where(dropped_GSK, decision.expert_GSK, -1)
+
     def by_position(x):
         return jnp.sum(x, axis=(0, 2), dtype=jnp.int32) @ place_SP
 
@@ -73,6 +77,7 @@ def dispatch_stats(decision: TokenChoice, kept_GSK: Bool[Array, "G S K"], mask_G
         gate_histogram=histogram(bins_GSK, HISTOGRAM_BINS),
         routed_by_position=by_position(chosen_GSK),
         dropped_by_position=by_position(dropped_GSK),
+        dropped_E=histogram(expert_GSK, num_experts),
         gate_mass=jnp.sum(gate_GSK),
         kept_gate_mass=jnp.sum(jnp.where(kept_GSK, gate_GSK, 0.0)),
     )

@@ -131,6 +131,7 @@ class DispatchStats:
     served: number of real tokens with 0, 1, ... K experts left.
     gate_histogram: kept assignments by gate, in equal bins of [0, 1].
     routed_by_position, dropped_by_position: assignments by the token's place in its group, in equal bins.
+    dropped_E: by expert. Whatever the mesh, a token's own device drops them and the expert's never does.
     gate_mass, kept_gate_mass: sums of the gates before and after drops.
     """
 
@@ -140,6 +141,7 @@ class DispatchStats:
     gate_histogram: Int[Array, "*N bins"]
     routed_by_position: Int[Array, "*N bins"]
     dropped_by_position: Int[Array, "*N bins"]
+    dropped_E: Int[Array, "*N E"]
     gate_mass: Float[Array, "*N"]
     kept_gate_mass: Float[Array, "*N"]
 

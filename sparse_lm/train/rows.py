@@ -83,7 +83,7 @@ def depth_row(stats: DepthStats) -> dict[str, Any]:
 
 
 def layer_arrays(stats: LayerStats) -> dict[str, Any]:
-    """Per sparse layer: share of the load per expert, drops, entropy, gates, drops by place in the group."""
+    """Per sparse layer: share of the load per expert, drops (by place in the group, by expert), entropy, gates."""
     router, dispatch = jax.tree.map(lambda x: np.asarray(x, np.float64), (stats.router, stats.dispatch))
     load_NE = router.load_UE.sum(axis=1)
     total_N1 = np.maximum(load_NE.sum(axis=1, keepdims=True), 1)
@@ -95,6 +95,7 @@ def layer_arrays(stats: LayerStats) -> dict[str, Any]:
         "entropy": _rounded(router.entropy_U.sum(axis=1) / tokens_N),
         "gate_histogram": dispatch.gate_histogram.astype(int).tolist(),
         "dropped_by_position": _rounded(dispatch.dropped_by_position.sum(axis=0) / routed),
+        "dropped_by_expert": _rounded(dispatch.dropped_E / np.maximum(load_NE, 1)),
     }
 
 

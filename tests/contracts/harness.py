@@ -167,7 +167,10 @@ def compare(got: Outcome, name: str, dtype: Any = jnp.float32) -> dict[str, floa
         np.testing.assert_array_equal(getattr(router, f"{field}_U"), [getattr(unit, field) for unit in answer.units])
     np.testing.assert_array_equal(router.load_UE, [unit.load_E for unit in answer.units])
     assert int(dispatch.kept) == answer.kept_TK.sum()
-    assert int(dispatch.dropped) == (answer.used_TK & ~answer.kept_TK).sum()
+    lost_TK = answer.used_TK & ~answer.kept_TK
+    assert int(dispatch.dropped) == lost_TK.sum()
+    by_expert = np.bincount(answer.candidate_TK[lost_TK], minlength=len(dispatch.dropped_E))
+    np.testing.assert_array_equal(dispatch.dropped_E, by_expert)
     served = [int(((answer.kept_TK.sum(1) == k) & inputs()[1].reshape(-1)).sum()) for k in range(len(dispatch.served))]
     np.testing.assert_array_equal(dispatch.served, served)
     assert got.d_weights.keys() == d_weights.keys()

@@ -136,8 +136,7 @@ def test_memory_follows_the_formula_at_other_sizes(name, sizes):
 @pytest.fixture(scope="module")
 def on_tpu():
     """What the compiler for TPUs makes of two dispatchers, by kernel."""
-    cases = ["dropless/auto/1", "dropless/megablox/1", "ragged_all_to_all/auto/1"]
-    cases += [f"{name}/auto/2" for name in ("all_to_all", "ragged_all_to_all")]
+    cases = ["dropless/auto/1", "dropless/megablox/1", "ragged_all_to_all/auto/1", "all_to_all/auto/2"]
     surroundings = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     surroundings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, str(pathlib.Path(dispatch_programs.__file__)), *cases]
@@ -161,3 +160,11 @@ def test_both_kernels_compile_for_a_tpu(on_tpu):
         forward, gradients = (on_tpu[f"dropless/{kernel}/1/{part}"] for part in ("forward", "gradients"))
         assert forward["kernels"] >= 3 and gradients["kernels"] > forward["kernels"]
         assert "all-to-all" not in gradients and gradients["reduce-scatter"] == 3
+
+
+@pytest.mark.slow
+def test_a_tpu_computes_while_chunks_travel(on_tpu):
+    forward, gradients = (on_tpu[f"all_to_all/auto/2/{part}"] for part in ("forward", "gradients"))
+    assert forward["all-to-all"] == 2 * 2 and gradients["all-to-all"] == 2 * 4
+    # Neither the first exchange nor the last one has anything to hide behind.
+    assert 0 < forward["behind_products"] < gradients["behind_products"]

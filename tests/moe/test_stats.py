@@ -49,8 +49,9 @@ def test_units_only_regroup_the_sums(unit):
 
 
 def test_dispatch_counts():
-    stats = dispatch_stats(DECISION, KEPT, MASK)
+    stats = dispatch_stats(DECISION, KEPT, MASK, 3)
     assert (int(stats.kept), int(stats.dropped)) == (4, 1)
+    np.testing.assert_array_equal(stats.dropped_E, [0, 1, 0])
     np.testing.assert_array_equal(stats.served, [0, 2, 1])
     assert int(stats.served.sum()) == int(MASK.sum())
     expected = np.zeros(HISTOGRAM_BINS, int)
@@ -61,33 +62,33 @@ def test_dispatch_counts():
 
 
 def test_positions_are_equal_bins_of_a_group():
-    stats = dispatch_stats(DECISION, KEPT, MASK)
+    stats = dispatch_stats(DECISION, KEPT, MASK, 3)
     routed, dropped = np.zeros(POSITION_BINS, int), np.zeros(POSITION_BINS, int)
     routed[0], routed[POSITION_BINS // 2], dropped[0] = 4, 1, 1
     np.testing.assert_array_equal(stats.routed_by_position, routed)
     np.testing.assert_array_equal(stats.dropped_by_position, dropped)
     size = 3 * POSITION_BINS
     long = TokenChoice(jnp.zeros((2, size, 1), jnp.int32), jnp.ones((2, size, 1)))
-    stats = dispatch_stats(long, jnp.zeros((2, size, 1), bool), jnp.ones((2, size), bool))
+    stats = dispatch_stats(long, jnp.zeros((2, size, 1), bool), jnp.ones((2, size), bool), 1)
     np.testing.assert_array_equal(stats.dropped_by_position, [6] * POSITION_BINS)
 
 
 def test_a_gate_of_one_is_in_the_last_bin():
     one = TokenChoice(jnp.zeros((1, 1, 1), jnp.int32), jnp.ones((1, 1, 1)))
-    stats = dispatch_stats(one, jnp.ones((1, 1, 1), bool), jnp.ones((1, 1), bool))
+    stats = dispatch_stats(one, jnp.ones((1, 1, 1), bool), jnp.ones((1, 1), bool), 1)
     assert int(stats.gate_histogram[-1]) == 1
 
 
 def test_nothing_is_unaccounted_and_a_lost_assignment_shows():
     router = router_stats(DECISION, SCORES, MASK, 2, DEFAULT)
-    dispatch = dispatch_stats(DECISION, KEPT, MASK)
+    dispatch = dispatch_stats(DECISION, KEPT, MASK, 3)
     assert int(unaccounted(LayerStats(router, dispatch), 2)) == 0
     lost = dataclasses.replace(dispatch, kept=dispatch.kept - 1)
     assert int(unaccounted(LayerStats(router, lost), 2)) == -1
 
 
 def test_layers_may_be_stacked_in_front():
-    one = LayerStats(router_stats(DECISION, SCORES, MASK, 2, DEFAULT), dispatch_stats(DECISION, KEPT, MASK))
+    one = LayerStats(router_stats(DECISION, SCORES, MASK, 2, DEFAULT), dispatch_stats(DECISION, KEPT, MASK, 3))
     router = {name: jnp.stack([value] * 3) for name, value in vars(one.router).items()}
     dispatch = {name: jnp.stack([value] * 3) for name, value in vars(one.dispatch).items()}
     stacked = LayerStats(type(one.router)(**router), type(one.dispatch)(**dispatch))

@@ -60,6 +60,7 @@ def stats() -> LayerStats:
         gate_histogram=histogram,
         routed_by_position=by_place,
         dropped_by_position=dropped,
+        dropped_E=host([[6, 0], [1, 2]]),
         gate_mass=host([10.0, 10.0]),
         kept_gate_mass=host([6.0, 9.0]),
     )
@@ -116,6 +117,7 @@ def test_the_layers_come_on_request():
     assert layers["entropy"] == [0.5, 0.7]
     assert layers["gate_histogram"][0] == [0, 0, 0, 10] + [0] * 16
     assert layers["dropped_by_position"] == [0.0] * 15 + [round(9 / 24, 5)]
+    assert layers["dropped_by_expert"] == [[0.5, 0.0], [0.1, 0.2]]
 
 
 ATTENTION = {f"attention_{name}" for name in ROUTING - {"dropped_fraction", "gini", "kept_gate_mass", "served"}}

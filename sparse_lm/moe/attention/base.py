@@ -117,7 +117,7 @@ def attention_stats(decision: TokenChoice, scores: Scores, inputs: AttentionInpu
     counted, scores, real_GS = as_groups((decision, scores, inputs.real_BL), rules)
     return LayerStats(
         router_stats(counted, scores, real_GS, real_GS.shape[1], rules),
-        dispatch_stats(counted, counted.expert_GSK >= 0, real_GS),
+        dispatch_stats(counted, counted.expert_GSK >= 0, real_GS, scores.probability_GSE.shape[-1]),
         decision if inputs.record else None,
     )
 

@@ -32,9 +32,10 @@ class RaggedAllToAll(Dispatcher):
         """See `Dispatcher.local`."""
         chunks = self.exchange_chunks if sharers(experts.num_experts) > 1 else 1
         # Nothing is dropped, so that the tokens of a chunk know nothing of the others.
-        return in_chunks(lambda inputs: self._chunk(experts, *inputs, key), (x_GSD, decision, ids_GS), chunks)
+        return in_chunks(lambda tokens: self._chunk(experts, tokens, key), (x_GSD, decision, ids_GS), chunks)
 
-    def _chunk(self, experts, x_GSD, decision, ids_GS, key):
+    def _chunk(self, experts, tokens, key):
+        x_GSD, decision, ids_GS = tokens
         num_experts, kernel = experts.num_experts, self.kernel
         count_E, rows = loads(decision, num_experts), decision.expert_GSK.size
         routes = sorted_routes(decision, count_E, jnp.cumsum(count_E) - count_E, rows)
