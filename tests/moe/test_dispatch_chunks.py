@@ -42,7 +42,7 @@ def test_chunks_change_neither_results_nor_gradients_nor_drops(name, mesh_of):
     mesh, rule = mesh_of(data=2, expert=2), SlotRule(2)
     at_once, chunked = (
         with_gradients(DISPATCHERS[name](rule, DEFAULT, exchange_chunks=n), mesh, LOADS["mixed"], dropout=0.3)
-        for n in (1, 3)
+        for n in (1, 2)
     )
     assert_close(chunked, at_once)
     dropped = DISPATCHERS[name].has_capacity
@@ -52,8 +52,8 @@ def test_chunks_change_neither_results_nor_gradients_nor_drops(name, mesh_of):
 @pytest.mark.parametrize("name", MOVING)
 def test_every_chunk_is_exchanged_by_itself(name, mesh_of):
     sizes = dispatch_programs.Sizes(size=16, width=8, hidden=8, slots=4)
-    program = dispatch_programs.compiled(name, sizes, mesh_of(expert=4), chunks=3)
-    assert sum(one.opcode == "all-to-all" for one in dispatch_programs.instructions(program)) == 3 * 2
+    program = dispatch_programs.compiled(name, sizes, mesh_of(expert=4), chunks=2)
+    assert sum(one.opcode == "all-to-all" for one in dispatch_programs.instructions(program)) == 2 * 2
 
 
 def test_the_layer_hands_the_option_on_and_others_refuse_it():
