@@ -11,8 +11,12 @@ import math
 from collections.abc import Mapping
 
 from sparse_lm.experiment import Experiment
-from sparse_lm.mesh import BATCH_AXES
+from sparse_lm.mesh import TOKEN_AXES
+from sparse_lm.models.attention_counts import score_widths
+from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.counts import count
+from sparse_lm.moe.config import MoEConfig
+from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.nn.mlp import GATED
 from sparse_lm.planning.collectives import Collective
 
@@ -72,32 +76,55 @@ class _Sizes:
     def of(cls, experiment: Experiment, mesh: Mapping[str, int]) -> _Sizes:
         """Of a resolved experiment on a mesh."""
         model, length = experiment.model, experiment.data.length
-        rows = experiment.train.batch_size / math.prod(mesh[axis] for axis in BATCH_AXES if axis in mesh)
-        tokens = max(1, int(rows * length / experiment.train.accumulate))
+        parts = experiment.train.accumulate * math.prod(mesh[axis] for axis in TOKEN_AXES if axis in mesh)
+        tokens = max(1, int(experiment.train.batch_size * length / parts))
         element = 2 if model.dtype == "bfloat16" else 4
         cut = mesh["model"]
-        heads = (2 * model.num_heads + 2 * model.kv_heads) * model.width / cut
         hidden, slots, experts = model.d_ff / cut, 0.0, 0.0
         if model.moe is not None:
-            factor = model.moe.capacity_factor or 1.0
-            choices = model.moe.top_k * factor
-            hidden = (choices * model.d_expert + model.moe.shared_width(model.d_expert)) / cut
-            slots, experts = 2 * choices * model.d_model, choices
+            slots, experts = _slots(model.moe, mesh["expert"]), _slots(model.moe, 1)
+            hidden = (slots * model.d_expert + model.moe.shared_width(model.d_expert)) / cut
         matrices = 3 if model.activation in GATED else 2
-        products = tokens * element * (heads + matrices * hidden + slots / 2 + 2 * model.d_model)
-        scores = tokens * length * model.num_heads / cut * (4 + 4 + element)  # logits, shifted, and weights
-        inside = products + scores + tokens * (slots / 2 * element + 4 * model.d_model * element)
+        products = tokens * element * (_heads(model) / cut + matrices * hidden + (slots + 2) * model.d_model)
+        scores = tokens * _scores(model, length) / cut * (4 + 4 + element)  # logits, shifted, and weights
+        inside = products + scores + tokens * (slots + 4) * model.d_model * element
         counts = count(model)
-        layer = sum(getattr(counts, part).total for part in ("attention", "dense", "experts", "shared"))
+        stay = model.moe is not None and DISPATCHERS[model.moe.dispatcher].moves_tokens
+        layer = sum(getattr(counts, part).total for part in ("attention", "dense", "shared"))
+        layer += counts.experts.total / (mesh["expert"] if stay else 1)
         gathered = layer / model.num_layers * element / cut
-        if model.moe is not None:
-            gathered /= mesh["expert"] if model.moe.dispatcher in _MOVING else 1
         logits = 2 * 4 * min(tokens, model.loss_chunk or tokens) * (model.vocab_size or 0) / cut
         flops = _flops(experiment, experts)
         return cls(tokens, element * model.d_model, inside, products, gathered, logits, flops)
 
 
-_MOVING = ("all_to_all", "ragged_all_to_all")  # dispatchers that leave experts where they are
+def _slots(moe: MoEConfig, devices: int) -> float:
+    """Rows of experts per token: k times the capacity factor; all experts' where nothing is dropped and all have room.
+
+    Without capacity a device has room for what all devices along `expert` could send it, if tokens move.
+    """
+    dispatcher = DISPATCHERS[moe.dispatcher]
+    if not dispatcher.has_capacity:
+        return float(moe.top_k * (devices if dispatcher.moves_tokens else 1))
+    if moe.dispatcher == "dense" or moe.capacity_factor is None:
+        return float(moe.num_experts)
+    return min(moe.top_k * moe.capacity_factor, float(moe.num_experts))
+
+
+def _heads(model: ModelConfig) -> float:
+    """Numbers per token in queries, keys, values and what heads see."""
+    both = score_widths(model)[0][0] / model.num_heads  # of a key and a value
+    return (model.num_heads + model.kv_heads) * both
+
+
+def _scores(model: ModelConfig, length: int) -> float:
+    """Scores per token that exist at once: of a block of queries and one of keys, unless one array holds all.
+
+    Kernels hold theirs on the chip; a block's are counted all the same. See `nn.attend.choose`.
+    """
+    heads = model.heads
+    block = length if heads.implementation == "reference" or model.dropout > 0 else min(heads.block, length)
+    return model.num_heads * block**2 / length
 
 
 def _flops(experiment: Experiment, choices: float) -> float:
@@ -129,8 +156,8 @@ def _moves(experiment: Experiment, mesh: Mapping[str, int], sizes: _Sizes, repea
     moe = model.moe
     if moe is not None and mesh["expert"] > 1:
         sparse = sum(model.sparse)
-        if moe.dispatcher in _MOVING:
-            slots = moe.top_k * (moe.capacity_factor or 1.0) * sizes.tokens * sizes.width
+        if DISPATCHERS[moe.dispatcher].moves_tokens:
+            slots = _slots(moe, 1) * sizes.tokens * sizes.width
             times = 2 * repeats * sparse * (forward + 1)
             found.append(Collective("all-to-all", times, int(times * slots), True, ("expert",)))
         else:

@@ -21,7 +21,8 @@ from sparse_lm.telemetry.format import markdown_table
 from sparse_lm.telemetry.svg import Reference, Series, Size, line_chart
 
 TOPOLOGY = "topology"
-Axes = dict[str, tuple[Any, ...]]  # dotted key of the configuration, or `topology` -> its values
+Setting = dict[str, Any]  # dotted key of the configuration, or `topology` -> a value
+Axes = tuple[tuple[Setting, ...], ...]  # per axis, what changes from one of its places to the next
 _DASHES = (None, "6 3", "2 3", "8 2 2 2")
 COLUMNS = (
     "GB_per_device",
@@ -64,18 +65,30 @@ class Row:
 def parse_sweep(text: str) -> Axes:
     """`num_experts=8,64 top_k=1,2 mesh.expert=4,8 topology=v5e:4x4,v5p:2x2x4` as axes of a table.
 
-    A key without a dot is one of `model.moe`. Raises `ConfigError` for what is not `key=value,value`.
+    A key without a dot is one of `model.moe`. Keys with a + between change together, and so do their values:
+    `topology+train.batch_size=v5e:4x4+64,v5e:8x8+256`. Raises `ConfigError` for what is not `key=value,value`, and for
+    as many values as there are not keys.
     """
-    axes: Axes = {}
+    axes = []
     for part in shlex.split(text):
         key, equals, values = part.partition("=")
         if not equals or not key or not values:
             raise ConfigError("sweep", part, "an axis is key=value,value, as in num_experts=8,64 or mesh.expert=4,8")
-        name = key if "." in key or key == TOPOLOGY else f"model.moe.{key}"
-        axes[name] = tuple(value if key == TOPOLOGY else _value(value) for value in values.split(","))
+        names = [name if "." in name or name == TOPOLOGY else f"model.moe.{name}" for name in key.split("+")]
+        axes.append(tuple(_setting(names, value, part) for value in values.split(",")))
     if not axes:
         raise ConfigError("sweep", text, "names no axis; use for example num_experts=8,64 top_k=1,2")
-    return axes
+    return tuple(axes)
+
+
+def _setting(names: Sequence[str], text: str, axis: str) -> Setting:
+    values = text.split("+") if len(names) > 1 else [text]
+    if len(values) != len(names):
+        raise ConfigError(
+            "sweep", axis, f"{text} is {len(values)} of {len(names)} values; put a + between them, as between the keys"
+        )
+    pairs = zip(names, values, strict=True)
+    return {name: value if name == TOPOLOGY else _value(value) for name, value in pairs}
 
 
 def sweep(
@@ -90,8 +103,8 @@ def sweep(
     configuration refuses is a row that says why.
     """
     rows = []
-    for values in itertools.product(*axes.values()):
-        setting = dict(zip(axes, values, strict=True))
+    for places in itertools.product(*axes):
+        setting = {key: value for place in places for key, value in place.items()}
         changes = {key.replace(".", "__"): value for key, value in setting.items() if key != TOPOLOGY}
         try:
             row = Row(setting, planner(_changed(experiment, changes), setting.get(TOPOLOGY)))

@@ -8,6 +8,7 @@ import tiny
 
 from sparse_lm.mesh import MESH_AXES, make_mesh
 from sparse_lm.models.counts import count
+from sparse_lm.nn.config import LatentConfig
 from sparse_lm.planning.estimate import estimate
 from sparse_lm.planning.plan import make_plan, resolve
 
@@ -36,6 +37,41 @@ def test_full_recomputation_keeps_the_input_of_every_layer():
 def test_what_is_kept_grows_from_full_over_dots_to_none():
     kept = [estimated(model__remat=remat).activations for remat in ("full", "dots", "none")]
     assert kept[0] < kept[1] < kept[2]
+
+
+def test_attention_by_blocks_holds_scores_of_one_pair_of_blocks():
+    kept = [
+        estimated(data__length=64, model__heads__implementation=name, model__heads__block=16).activations
+        for name in ("reference", "chunked", "auto")
+    ]
+    # 2 layers, 8 rows, 4 heads: logits, shifted ones and weights, float32.
+    assert kept[0] - kept[1] == 2 * 8 * 4 * (64**2 - 16**2) * 12
+    assert kept[1] == kept[2]
+
+
+def test_rows_that_are_cut_leave_a_device_with_its_part():
+    whole, cut = (estimated({"context": size}, model__remat="full").activations for size in (1, 4))
+    assert whole == 4 * cut
+
+
+def test_rotated_numbers_of_latent_attention_are_held_as_well():
+    latent = estimated(model__heads__latent=LatentConfig(kv_rank=8, rope_dim=2)).activations
+    # 2 layers x 8 x 16 tokens: 2 more numbers in the queries and keys of 4 heads, float32.
+    assert latent - estimated().activations == 2 * 8 * 16 * (4 + 4) * 2 * 4
+
+
+def test_without_capacity_experts_have_room_for_all_that_may_come():
+    """Rows of experts per token, each of 2 x 16 + 3 x 8 numbers inside of a layer, on 4 devices."""
+
+    def inside(dispatcher, factor=None):
+        moe = {"dispatcher": dispatcher, "capacity_factor": factor, "capacity_factor_eval": None, "every": 1}
+        found = estimated({"expert": 4}, **{f"model__moe__{key}": value for key, value in moe.items()})
+        return found.activations / (2 * 2 * 16 * 4)  # layers x tokens of a device x bytes
+
+    per_row, bounded = 2 * 16 + 3 * 8, inside("gather", 1.0)
+    assert inside("dropless") == bounded
+    assert inside("ragged_all_to_all") - bounded == per_row * 2 * (4 - 1)
+    assert inside("gather") - bounded == inside("dense") - bounded == per_row * (4 - 2)
 
 
 def test_flops_are_the_models_with_what_is_computed_again():

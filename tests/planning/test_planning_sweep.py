@@ -22,16 +22,33 @@ def rows():
 
 
 def test_axes_are_keys_with_values():
-    assert parse_sweep("num_experts=8,64 mesh.expert=4 topology=v5e:4x4,v5p:2x2x4 model.remat=full,none") == {
-        "model.moe.num_experts": (8, 64),
-        "mesh.expert": (4,),
-        "topology": ("v5e:4x4", "v5p:2x2x4"),
-        "model.remat": ("full", "none"),
-    }
-    assert parse_sweep("capacity_factor=1.25,None") == {"model.moe.capacity_factor": (1.25, None)}
+    assert parse_sweep("num_experts=8,64 mesh.expert=4 topology=v5e:4x4,v5p:2x2x4 model.remat=full,none") == (
+        ({"model.moe.num_experts": 8}, {"model.moe.num_experts": 64}),
+        ({"mesh.expert": 4},),
+        ({"topology": "v5e:4x4"}, {"topology": "v5p:2x2x4"}),
+        ({"model.remat": "full"}, {"model.remat": "none"}),
+    )
+    assert parse_sweep("capacity_factor=1.25,None") == (
+        ({"model.moe.capacity_factor": 1.25}, {"model.moe.capacity_factor": None}),
+    )
 
 
-@pytest.mark.parametrize("text", ["num_experts", "=4", "num_experts=", ""])
+def test_keys_that_are_joined_change_together():
+    assert parse_sweep("top_k=1,2 topology+train.batch_size=v5e:2x4+8,v5e:4x4+16") == (
+        ({"model.moe.top_k": 1}, {"model.moe.top_k": 2}),
+        ({"topology": "v5e:2x4", "train.batch_size": 8}, {"topology": "v5e:4x4", "train.batch_size": 16}),
+    )
+    seen = []
+
+    def planner(changed, topology):
+        seen.append((topology, changed.train.batch_size))
+        return plan_topology(changed, topology, compile_step=False)
+
+    sweep(resolve(tiny.experiment()), parse_sweep("topology+train.batch_size=v5e:2x4+8,v5e:4x4+16"), planner)
+    assert seen == [("v5e:2x4", 8), ("v5e:4x4", 16)]
+
+
+@pytest.mark.parametrize("text", ["num_experts", "=4", "num_experts=", "", "top_k+mesh.expert=1+2,1"])
 def test_what_is_no_axis_is_refused(text):
     with pytest.raises(ConfigError, match="sweep"):
         parse_sweep(text)
@@ -51,7 +68,7 @@ def test_what_the_configuration_refuses_says_why(rows):
 
 
 def test_an_unknown_key_is_a_row_that_names_it():
-    [row] = sweep(resolve(tiny.experiment()), {"model.moe.num_expert": (4,)}, lambda changed, topology: pytest.fail())
+    [row] = sweep(resolve(tiny.experiment()), parse_sweep("num_expert=4"), lambda changed, topology: pytest.fail())
     assert row.plan is None and "num_expert" in row.refused
 
 
