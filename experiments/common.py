@@ -8,9 +8,11 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from overrides import define_config, experiment, fail, parse
 
-__all__ = ["DEVICES", "define_config", "experiment", "run"]
+__all__ = ["DEVICES", "WITHOUT_A_TPU", "define_config", "experiment", "run"]
 
 DEVICES = flags.DEFINE_integer("devices", None, "Run on N virtual CPU devices; None uses the machine's own.", 1)
+# The TPU compiler needs no TPU: it shall not look for one, nor keep other processes from compiling.
+WITHOUT_A_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 AGAIN = 75  # the status of an error that may be gone at the next try
 
 

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from absl import flags
-from common import define_config, experiment, run
+from common import WITHOUT_A_TPU, define_config, experiment, run
 
 CONFIG = define_config()
 TOPOLOGY = flags.DEFINE_string(
@@ -69,7 +69,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The TPU compiler needs no TPU: it shall not look for one, nor keep other processes from compiling.
-    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}.items():
+    for name, value in WITHOUT_A_TPU.items():
         os.environ.setdefault(name, value)
     run(main)

@@ -35,6 +35,8 @@ def get_config(variant: str = "v2") -> ConfigDict:
     model = model.replace(heads=HeadsConfig(latent=LatentConfig(kv_rank=512, query_rank=None if lite else 1536)))
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", moe__dispatcher="ragged_all_to_all")
     optim = OptimConfig(learning_rate=4.2e-4 if lite else 2.4e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=300_000, batch_size=4608 if lite else 9216, accumulate=72, sample_tokens=0)
-    data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=8, model=1 if lite else 4)
+    train = TrainConfig(
+        steps=300_000, batch_size=4608 if lite else 9216, accumulate=72 if lite else 18, sample_tokens=0
+    )
+    data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4 if lite else 8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -36,5 +36,6 @@ def get_config(variant: str = "64b_64e") -> ConfigDict:
     model = model.replace(vocab_size=256_000 if width == 8192 else 32_000, activation="gelu", norm="layernorm")
     model = model.replace(position="sinusoidal", dtype="bfloat16", remat="full")
     optim = OptimConfig(name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000, weight_decay=0.0)
-    train, mesh = TrainConfig(steps=600_000, batch_size=1024, sample_tokens=0), MeshConfig(data=1, fsdp=-1, expert=8)
+    train = TrainConfig(steps=600_000, batch_size=1024, sample_tokens=0)
+    mesh = MeshConfig(data=1, fsdp=-1, expert=4 if variant == "1.7b_64e" else 8)
     return to_config_dict(Experiment(model=model, data=DataConfig(length=1024), optim=optim, train=train, mesh=mesh))

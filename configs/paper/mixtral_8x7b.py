@@ -14,7 +14,7 @@ from sparse_lm.models.config import ModelConfig
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.routers.top_k import TopK
 from sparse_lm.optim.config import OptimConfig
-from sparse_lm.train.config import MeshConfig, TrainConfig
+from sparse_lm.train.config import MeshConfig, ShardingConfig, TrainConfig
 
 PUBLISHED = {"": ("46.7B", "12.9B", "v5p:4x4x4")}  # total, active, slice
 
@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
             data=DataConfig(length=4096),
             optim=OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95),
             mesh=MeshConfig(data=1, fsdp=-1, expert=4),
+            sharding=ShardingConfig(strategy="fsdp_over_ep"),
             train=TrainConfig(steps=100_000, batch_size=256, sample_tokens=0),
         )
     )

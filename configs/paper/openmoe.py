@@ -34,5 +34,5 @@ def get_config(variant: str = "8b") -> ConfigDict:
     model = model.replace(d_ff=4 * width, dtype="bfloat16", remat="full", moe=moe)
     optim = OptimConfig(name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000, weight_decay=0.0)
     train = TrainConfig(steps=100_000 if variant == "34b" else 500_000, batch_size=2048, accumulate=32, sample_tokens=0)
-    data, mesh = DataConfig(length=2048), MeshConfig(data=1, fsdp=-1, expert=8)
+    data, mesh = DataConfig(length=2048), MeshConfig(data=1, fsdp=-1, expert=8 if variant == "base" else 4)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

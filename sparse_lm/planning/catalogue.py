@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
 
-from sparse_lm.config import ConfigError, python_file
+from sparse_lm.config import ConfigError, closest, python_file
 from sparse_lm.experiment import Experiment, load_experiment
 from sparse_lm.mesh import abstract_mesh
 from sparse_lm.models.counts import count
@@ -17,7 +17,7 @@ from sparse_lm.planning.plan import Plan, abstract_state, plan_topology, resolve
 from sparse_lm.telemetry.format import markdown_table
 
 COLUMNS = ("configuration", "total", "published", "active", "without input table", "published", "slice")
-NEEDS = ("mesh", "GB per device, estimated", "fits")
+NEEDS = ("mesh", "GB per device", "source", "fits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Entry:
         total, active, without = (short(number) for number in self.counts())
         return self.name, total, self.total or "-", active, without, self.active or "-", self.topology
 
-    def plan(self) -> Plan:
-        """What its training step needs on its slice, by formulas; nothing is compiled."""
-        return plan_topology(self.experiment, self.topology, compile_step=False)
+    def plan(self, compile_step: bool = False) -> Plan:
+        """What its training step needs on its slice: by formulas, or compiled where that is possible."""
+        return plan_topology(self.experiment, self.topology, compile_step)
 
     def lowered(self, platform: str = "tpu") -> jax.stages.Lowered:
         """Its training step as a program for all devices of its slice, before any compiler; nothing is allocated.
@@ -82,13 +82,21 @@ def catalogue(folder: Path) -> list[Entry]:
     return found
 
 
-def to_markdown(entries: Sequence[Entry]) -> str:
-    """The table as Markdown: counts beside the published ones, and estimates for each slice."""
+def to_markdown(entries: Sequence[Entry], compiled: Collection[str] = ()) -> str:
+    """The table as Markdown: counts beside the published ones, and what each slice needs.
+
+    compiled: names of entries whose steps are compiled, which takes minutes each; the others are estimated. Raises
+    `ConfigError` for a name that no entry has.
+    """
+    unknown = set(compiled) - {entry.name for entry in entries}
+    if unknown:
+        raise ConfigError("compile", min(unknown), closest(min(unknown), [entry.name for entry in entries]))
     lines = []
     for entry in entries:
-        plan = entry.plan()
+        plan = entry.plan(entry.name in compiled)
         mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-        lines.append((*entry.cells(), mesh or "1", f"{plan.peak / 1e9:.1f}", "yes" if plan.fits else "no"))
+        needs = (mesh or "1", f"{plan.peak / 1e9:.1f}", plan.source, "yes" if plan.fits else "no")
+        lines.append((*entry.cells(), *needs))
     return markdown_table((*COLUMNS, *NEEDS), lines) + "\n"
 
 

@@ -26,8 +26,9 @@ class Chip:
     """One device. kind: as jax names it. hbm: bytes of main memory. Rates are bytes per second.
 
     hbm_rate: of main memory. link_rate: in one direction of one link to a neighbour. links: that a collective along one
-    mesh axis uses at once, 2 on the rings of a torus. network_rate: between hosts that no link connects. domain:
-    devices that links connect, None where all of a slice are. backend: the platform that can compile for it.
+    mesh axis uses at once, 2 on the rings of a torus. side: what a mesh axis is taken to have at most of devices along one
+    dimension of the torus. network_rate: between hosts that no link connects. domain: devices that links connect, None
+    where all of a slice are. backend: the platform that can compile for it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Chip:
     link_rate: float
     network_rate: float
     links: int = 2
+    side: int = 16
     domain: int | None = None
     backend: str = "tpu"
 

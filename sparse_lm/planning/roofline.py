@@ -2,14 +2,16 @@
 
 Assumptions, which no real run meets in full: every product runs at the chip's bfloat16 peak; main memory is read and
 written at its peak; a collective along one mesh axis is a ring over that axis that uses the links of one torus
-dimension in both directions, whatever else is on them; one along several axes goes over the longest; where the axis
-leaves a domain of links (GPUs of several hosts) the network carries it. With everything overlapped the step takes the
+dimension in both directions, whatever else is on them; one along several axes goes over the longest; an all-to-all over
+more devices than a torus has along a side is over a square of them, in both dimensions at once; where the axis leaves a
+domain of links (GPUs of several hosts) the network carries it. With everything overlapped the step takes the
 longest of the three, with nothing overlapped their sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from sparse_lm.planning.chips import Chip
@@ -68,7 +70,7 @@ def collective_seconds(chip: Chip, mesh: Mapping[str, int], move: Collective) ->
 
     On a ring of n devices, all-gather and reduce-scatter of B bytes in all send (n - 1) / n * B through each device,
     an all-reduce twice that. An all-to-all of B bytes held by each sends B (n - 1) / n as well, over n / 4 hops on
-    average where there are rings. A permutation sends B.
+    average where there are rings, and over sqrt(n) / 4 along each dimension of a square. A permutation sends B.
     """
     size = max((mesh[axis] for axis in move.axes), default=1)
     whole = 1
@@ -79,12 +81,13 @@ def collective_seconds(chip: Chip, mesh: Mapping[str, int], move: Collective) ->
     far = chip.domain is not None and _span(mesh, move.axes) > chip.domain
     rate = chip.network_rate if far else chip.link_rate * chip.links
     share = (whole - 1) / whole
-    rings = chip.domain is None
+    along = size if size <= chip.side else math.sqrt(size)
+    hops = max(1.0, along / 4) if chip.domain is None else 1.0
     passes = {
         "all-reduce": 2 * share,
         "collective-permute": 1.0,
-        "all-to-all": share * (max(1.0, size / 4) if rings else 1.0),
-        "ragged-all-to-all": share * (max(1.0, size / 4) if rings else 1.0),
+        "all-to-all": share * hops,
+        "ragged-all-to-all": share * hops,
     }.get(move.kind, share)
     return passes * move.bytes / rate
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -9,11 +11,11 @@ import pytest
 from flax import nnx
 
 from sparse_lm.config import python_file
+from sparse_lm.mesh import MESH_AXES, abstract_mesh
 from sparse_lm.models.counts import count
 from sparse_lm.models.decoder import Decoder
 from sparse_lm.planning.catalogue import Entry, catalogue, published_number
 from sparse_lm.planning.chips import parse_topology
-from sparse_lm.sharding import DEFAULT
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
 ENTRIES = {entry.name: entry for entry in catalogue(FOLDER)}
@@ -79,6 +81,22 @@ def active(entry: Entry, left_out: str) -> int:
     return {ALL: everything, LOOKED_UP: looked_up, EMBEDDINGS: counts.active_non_embedding}[left_out]
 
 
+def tiles(axes: list[int], sides: tuple[int, ...]) -> bool:
+    """Whether each mesh axis is a product of some of the sides, which no other axis has."""
+    if not axes:
+        return True
+    choices = (c for n in range(1, len(sides) + 1) for c in itertools.combinations(range(len(sides)), n))
+    return any(
+        math.prod(sides[i] for i in chosen) == axes[0]
+        and tiles(axes[1:], tuple(side for i, side in enumerate(sides) if i not in chosen))
+        for chosen in choices
+    )
+
+
+def test_a_mesh_axis_is_a_product_of_sides():
+    assert tiles([16, 4], (4, 4, 4)) and tiles([64], (4, 4, 4)) and not tiles([8, 8], (4, 4, 4))
+
+
 def test_numbers_agree_by_digits_or_by_a_percent():
     assert agrees(2.266e9, "2.2B") and agrees(2.151e9, "2.2B") and agrees(1571.1e9, "1571B")
     assert not agrees(2.31e9, "2.2B") and not agrees(2.14e9, "2.2B")
@@ -110,17 +128,27 @@ def test_total_and_active_are_the_published_ones(name):
 
 
 @names
-def test_the_model_that_is_built_has_as_many_parameters(name):
+def test_the_model_that_is_built_has_as_many_parameters_and_fsdp_cuts_every_large_one(name):
     entry = ENTRIES[name]
-    model = entry.experiment.model
-    built = jax.eval_shape(lambda key: nnx.split(Decoder(key, model, DEFAULT), nnx.Param, ...)[1], jax.random.key(0))
+    model, rules = entry.experiment.model, entry.experiment.sharding.rules
+    built = jax.eval_shape(lambda key: nnx.split(Decoder(key, model, rules), nnx.Param, ...)[1], jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(built)) == entry.counts()[0]
+    mesh = abstract_mesh({axis: 32 if axis == "fsdp" else 1 for axis in MESH_AXES})
+    with jax.sharding.use_abstract_mesh(mesh):
+        cut = jax.eval_shape(rules.shard_parameters, built)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cut):
+        layer = leaf.size / leaf.shape[0] if "units" in jax.tree_util.keystr(path) else leaf.size
+        held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert held == leaf.size / 32 or 4 * layer < 2**22, jax.tree_util.keystr(path)  # smaller than 4 MiB
 
 
 @names
 def test_the_mesh_fits_the_slice(name):
     entry = ENTRIES[name]
     sizes = entry.experiment.mesh_sizes(parse_topology(entry.topology).size)
+    sides = parse_topology(entry.topology).shape
+    # Of a v5e alone can sides be split (`jax.make_mesh`).
+    assert entry.topology.startswith("v5e") or tiles([size for size in sizes.values() if size > 1], sides)
     assert entry.experiment.model.moe is not None
     assert entry.experiment.model.moe.num_experts % sizes["expert"] == 0
 

@@ -8,7 +8,8 @@ import mains
 import pytest
 
 from sparse_lm.config import ConfigError
-from sparse_lm.planning.catalogue import COLUMNS, NEEDS, catalogue, published_number, short, to_markdown
+from sparse_lm.planning.catalogue import COLUMNS, NEEDS, Entry, catalogue, published_number, short, to_markdown
+from sparse_lm.planning.plan import plan_topology
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = '''"""A small model."""
@@ -97,7 +98,21 @@ def test_the_table_has_estimates_of_every_slice(entries):
     head, rule, *rows = to_markdown(entries).splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == [*COLUMNS, *NEEDS]
     assert set(rule) == {"|", " ", "-"} and len(rows) == 2
-    assert all("| data=2 x expert=4 |" in row and row.endswith("| yes |") for row in rows)
+    assert all("| data=2 x expert=4 |" in row and row.endswith("| estimated | yes |") for row in rows)
+
+
+def test_only_models_that_are_named_are_compiled_and_a_wrong_name_is_told(entries, monkeypatch):
+    asked = {}
+
+    def plan(entry, compile_step):
+        asked[entry.name] = compile_step
+        return plan_topology(entry.experiment, entry.topology, compile_step=False)
+
+    monkeypatch.setattr(Entry, "plan", plan)
+    to_markdown(entries, ["small:untied"])
+    assert asked == {"small:tied": False, "small:untied": True}
+    with pytest.raises(ConfigError, match=r"compile='small:unted'.*did you mean.*small:untied"):
+        to_markdown(entries, ["small:unted"])
 
 
 def test_a_step_is_lowered_for_all_devices_without_any(entries):

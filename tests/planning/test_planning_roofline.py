@@ -36,6 +36,12 @@ def test_collectives_on_rings(move, seconds):
     assert collective_seconds(SIMPLE, MESH, move) == pytest.approx(seconds)
 
 
+def test_an_axis_longer_than_a_side_of_the_torus_lies_over_a_square():
+    near, far = (collective_seconds(SIMPLE, {"expert": n}, moved("all-to-all", 800, "expert")) for n in (16, 64))
+    assert near == pytest.approx(800 * 15 / 16 * 4 / 100)
+    assert far == pytest.approx(800 * 63 / 64 * 2 / 100)  # 8 x 8: two hops on average in each dimension
+
+
 @pytest.mark.parametrize(
     ("mesh", "axis", "rate"),
     [
