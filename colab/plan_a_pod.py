@@ -70,9 +70,9 @@ print(describe(plan, mixtral))
 # On chips with less memory it does not fit. What is the nearest change that does?
 
 # %%
-small = plan_topology(mixtral, "v6e:8x8", compile_step=False)
+small = plan_topology(mixtral, "v5e:8x8", compile_step=False)
 print(f"fits: {small.fits}, {small.peak / 1e9:.1f} GB per device")
-print(advise(mixtral, small, lambda changed, _: plan_topology(changed, "v6e:8x8", compile_step=False)).text())
+print(advise(mixtral, small, lambda changed, _: plan_topology(changed, "v5e:8x8", compile_step=False)).text())
 
 # %% [markdown]
 # ## Which experts, which mesh, which slice?
@@ -80,7 +80,7 @@ print(advise(mixtral, small, lambda changed, _: plan_topology(changed, "v6e:8x8"
 # Every combination of what is listed is a row; a combination that cannot be is a row that says why.
 
 # %%
-axes = parse_sweep("train.batch_size=64,128,256,512 topology=v5p:4x4x4,v6e:8x8")
+axes = parse_sweep("train.batch_size=64,128,256,512 topology=v5p:4x4x4,v5e:8x8")
 rows = sweep(mixtral, axes, lambda changed, topology: plan_topology(changed, topology, compile_step=False))
 Markdown(to_markdown(rows))
 

@@ -129,6 +129,10 @@ class Rules:
         take = jax.shard_map(lambda table, rows: table[rows], in_specs=(PartitionSpec(), places), out_specs=spec)
         return take(_reshard(table, PartitionSpec(*(None,) * table.ndim)), _reshard(rows, places))
 
+    def draw(self, sampler: Callable, key: jax.Array, shape: tuple[int, ...], letters: str) -> jax.Array:
+        """`sampler(key, shape)` of `jax.random` with these axes: the same numbers on any mesh, each device its part."""
+        return sampler(key, shape, out_sharding=self.act(letters, shape)) if explicit_mesh() else sampler(key, shape)
+
     def parameter_specs(self, tree, mesh=None):
         """The partition of every leaf of a tree of parameters, or of anything shaped and named like them.
 
@@ -247,13 +251,16 @@ def staged(tree, cut: bool = True):
 
 
 def lead_like(x: jax.Array, like: jax.Array, axes: int) -> jax.Array:
-    """`x` with its first `axes` axes laid out as those of `like`, which `jax.vmap` over both asks for; the rest whole.
+    """`x` with its first `axes` axes laid out as those of `like`, which `jax.vmap` over both asks for.
 
-    A scalar stays as it is.
+    The rest stays as it is, where the mesh axes are free for it. A scalar stays as it is.
     """
     if x.ndim == 0 or not explicit_mesh():
         return x
-    return _reshard(x, PartitionSpec(*jax.typeof(like).sharding.spec[:axes], *(None,) * (x.ndim - axes)))
+    lead = jax.typeof(like).sharding.spec[:axes]
+    taken = {axis for cut in lead for axis in _as_tuple(cut)}
+    rest = (None if taken & set(_as_tuple(cut)) else cut for cut in jax.typeof(x).sharding.spec[axes:])
+    return _reshard(x, PartitionSpec(*lead, *rest))
 
 
 def _reshard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -316,18 +323,12 @@ DEFAULT = Rules(
         ("L", "context"),
         ("G", TOKEN_AXES),
         ("U", TOKEN_AXES),
-        ("F", "model"),
-        ("H", "model"),
-        ("J", "model"),
-        ("V", "model"),
+        *((letter, "model") for letter in "FHJV"),
     ),
     parameters=(
         ("N", "stage"),
         ("E", "expert"),
-        ("F", "model"),
-        ("H", "model"),
-        ("J", "model"),
-        ("V", "model"),
+        *((letter, "model") for letter in "FHJV"),
     ),
     stored=("fsdp",),
 )

@@ -15,6 +15,7 @@ from sparse_lm.sharding import (
     DEFAULT,
     Rules,
     abstract_sharded,
+    lead_like,
     letters_of,
     put,
     staged,
@@ -293,3 +294,24 @@ def test_a_length_that_the_mesh_does_not_divide_stays_whole(mesh_of):
         for made in (placed, product, taken, DEFAULT.reshape(product, (2, 3, 2, 3), "BLH.")):
             assert jax.typeof(made).sharding.spec[:2] == (BATCH_AXES, None)
         np.testing.assert_allclose(product, jnp.einsum("BLD,DF->BLF", x, weight), rtol=1e-5)
+
+
+def test_each_device_draws_its_part_of_the_same_numbers(mesh_of):
+    def draw(key):
+        return DEFAULT.draw(jax.random.uniform, key, (8, 4, 16), "GSD")
+
+    key, plain = jax.random.key(3), draw(jax.random.key(3))
+    with jax.set_mesh(mesh_of(fsdp=4, expert=2)):
+        program = jax.jit(draw).lower(key).compile()
+        np.testing.assert_array_equal(program(key), plain)
+    assert "[1,4,16]" in program.as_text() and "[8,4,16]" not in program.as_text()
+
+
+def test_what_leads_as_another_array_keeps_its_other_cuts(mesh_of):
+    with jax.set_mesh(mesh_of(fsdp=4, expert=2)):
+        like = jax.sharding.reshard(jnp.zeros((2, 8, 4)), P("expert", "fsdp"))
+        x = jax.sharding.reshard(jnp.arange(16.0).reshape(2, 8), P(None, "fsdp"))
+        assert jax.typeof(lead_like(x, like, 1)).sharding.spec == P("expert", "fsdp")
+        assert jax.typeof(lead_like(x, like, 0)).sharding.spec == P(None, "fsdp")
+        taken = jax.sharding.reshard(jnp.zeros((2, 8)), P(None, "expert"))
+        assert jax.typeof(lead_like(taken, like, 1)).sharding.spec == P("expert", None)

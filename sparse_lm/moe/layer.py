@@ -77,7 +77,7 @@ class MoE(nnx.Module):
         inputs = RouterInputs(x_GSD, mask_GS, ids_GS, dispatcher.slots.capacity, previous_GS, carried_GSE)
         decision, scores = named(self.router(inputs, router_key), "router")
         if config.priority == "random" and order_key is not None:
-            order_GS = rules.constrain(jax.random.uniform(order_key, mask_GS.shape), "GS")
+            order_GS = rules.draw(jax.random.uniform, order_key, mask_GS.shape, "GS")
             decision = dataclasses.replace(decision, order_GS=order_GS)
         if replay is not None and replay.forced is not None:
             decision = _forced(replay.forced, decision)

@@ -26,9 +26,9 @@ class Chip:
     """One device. kind: as jax names it. hbm: bytes of main memory. Rates are bytes per second.
 
     hbm_rate: of main memory. link_rate: in one direction of one link to a neighbour. links: that a collective along one
-    mesh axis uses at once, 2 on the rings of a torus. side: what a mesh axis is taken to have at most of devices along one
-    dimension of the torus. network_rate: between hosts that no link connects. domain: devices that links connect, None
-    where all of a slice are. backend: the platform that can compile for it.
+    mesh axis uses at once, 2 on the rings of a torus. side: devices that one dimension of the torus has at most, for a
+    mesh axis. network_rate: between hosts that no link connects. domain: devices that links connect, None where all of
+    a slice are. backend: the platform that can compile for it.
     """
 
     name: str

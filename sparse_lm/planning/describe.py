@@ -54,6 +54,7 @@ def _memory(plan: Plan) -> list[str]:
             ("  temporaries (gradients, activations, all else)", step.temporaries),
             ("  of them neither gradients nor kept activations", max(0, step.temporaries - known)),
             ("  not in place of arguments: outputs", step.outputs - step.aliased),
+            ("  all of it, as if none shared its place", step.total),
         ]
     rows.append((f"  at most in use ({plan.source})", plan.peak))
     lines = ["bytes per device", *aligned([(name, binary(size)) for name, size in rows])]

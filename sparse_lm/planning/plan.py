@@ -58,6 +58,7 @@ class CompiledStep:
 
     arguments: state, batch and key. outputs: new state and metrics. aliased: of the outputs, what takes the place of
     arguments, because the state is donated. temporaries: everything in between: activations, gradients, buffers.
+    assigned: bytes of main memory that the assignment of buffers takes at once, None where the compiler does not say.
     work, collectives, largest: from the text of the compiled program, loops counted by their iterations. seconds: of
     trace and compilation, or of loading it from a cache.
     """
@@ -67,14 +68,20 @@ class CompiledStep:
     outputs: int
     aliased: int
     temporaries: int
+    assigned: int | None
     work: Work
     collectives: tuple[Collective, ...]
     largest: tuple[Buffer, ...]
 
     @property
-    def peak(self) -> int:
-        """An upper bound of the bytes in use at once."""
+    def total(self) -> int:
+        """Bytes of all of it: a bound, since temporaries of a TPU count buffers that share their place."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
+
+    @property
+    def peak(self) -> int:
+        """Bytes in use at once, as they are assigned, or else the bound."""
+        return self.total if self.assigned is None else self.assigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +315,8 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh) -> CompiledS
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
+        # That of a CPU leaves out outputs.
+        assigned=memory.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else None,
         work=work(program),
         collectives=collectives(program, dict(mesh.shape)),
         largest=largest(program, LARGEST),

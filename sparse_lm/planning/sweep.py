@@ -32,6 +32,7 @@ COLUMNS = (
     "bound",
     "step_ms_at_least",
     "step_ms_one_by_one",
+    "communication_ms",
     "mfu_at_most",
     "compile_s",
     "refused",
@@ -53,9 +54,9 @@ class Row:
         plan, found = self.plan, self.plan.roofline
         stuck = isinstance(plan.compiled, OutOfMemory)
         seconds = plan.compiled.seconds if isinstance(plan.compiled, CompiledStep | OutOfMemory) else None
-        speed = ("", "", "", "", "")
+        speed = ("",) * 6
         if found is not None and not stuck:
-            times = (f"{1e3 * found.overlapped:.1f}", f"{1e3 * found.serial:.1f}")
+            times = tuple(f"{1e3 * s:.1f}" for s in (found.overlapped, found.serial, found.communication))
             speed = (f"{plan.overhead:.3f}", found.bound, *times, f"{found.utilisation[1]:.3f}")
         fits = "" if plan.fits is None else "yes" if plan.fits else "no"
         compiled = "" if seconds is None else f"{seconds:.1f}"

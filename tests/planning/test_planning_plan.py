@@ -156,7 +156,8 @@ def test_arguments_are_the_state_and_the_batch(exchanging):
     batch = 5 * 4 * (8 * 17) // 8
     assert step.aliased == state  # donated: the new state takes its place
     assert step.arguments == state + batch  # without dropout and jitter the key is left out
-    assert step.peak == step.arguments + step.outputs - step.aliased + step.temporaries
+    assert step.peak == step.total == step.arguments + step.outputs - step.aliased + step.temporaries
+    assert dataclasses.replace(step, assigned=step.total - 1).peak == step.total - 1
     assert step.temporaries > 0
     assert step.seconds > 0
     assert step.largest[0].bytes >= step.largest[-1].bytes > 0

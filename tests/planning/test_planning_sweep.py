@@ -88,6 +88,7 @@ def test_the_csv_has_the_numbers_of_the_plans(rows):
         else:
             assert float(line["GB_per_device"]) == pytest.approx(row.plan.peak / 1e9, abs=0.005)
             assert (line["fits"], line["source"], line["compile_s"]) == ("yes", "estimated", "")
+            assert float(line["communication_ms"]) == pytest.approx(1e3 * row.plan.roofline.communication, abs=0.05)
             assert float(line["executed_over_model_flops"]) == pytest.approx(row.plan.overhead, abs=5e-4)
 
 

@@ -58,6 +58,9 @@ def test_fsdp_gathers_each_weight_once_per_pass_and_scatters_its_gradient_once(t
     assert set(found) == {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "fsdp")}
     # What is computed again: all of a layer but the product that nothing in the backward pass needs.
     assert 1.1 < written["overhead"] < 4 / 3
+    step = written["compiled"]
+    total = step["arguments"] + step["temporaries"] + step["outputs"] - step["aliased"]
+    assert written["peak"] == step["assigned"] <= total
     assert (written["source"], written["fits"], written["device_kind"]) == ("compiled", True, "TPU v5 lite")
     assert "fits: " in text and "a step takes at least" in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from typing import NamedTuple, Self
 
 import jax
@@ -126,8 +127,8 @@ class LinearScores(nnx.Module):
         rules, dtype = self.rules, self.dtype
         x_GSD = rounded(x_GSD, dtype)
         if jitter > 0 and key is not None:
-            noise = rounded(jax.random.uniform(key, x_GSD.shape, jnp.float32, 1 - jitter, 1 + jitter), dtype)
-            x_GSD = rounded(x_GSD * rules.constrain(noise, "GSD"), dtype)
+            uniform = functools.partial(jax.random.uniform, minval=1 - jitter, maxval=1 + jitter)
+            x_GSD = rounded(x_GSD * rounded(rules.draw(uniform, key, x_GSD.shape, "GSD"), dtype), dtype)
         logits_GSE = rules.einsum("GSD,DE->GSE", x_GSD, rounded(rules.whole(self.weight_DE[...]), dtype))
         if self.logit_bias_E is not None:
             logits_GSE = logits_GSE + rounded(rules.whole(self.logit_bias_E[...]), dtype)

@@ -55,7 +55,7 @@ class FixedNoiseRouter(Router):
         std = 0.0 if key is None else config.noise / num_experts
         noisy_GSE = clean_GSE
         if key is not None and std > 0:
-            noisy_GSE = clean_GSE + std * self.rules.constrain(jax.random.normal(key, clean_GSE.shape), "GSE")
+            noisy_GSE = clean_GSE + std * self.rules.draw(jax.random.normal, key, clean_GSE.shape, "GSE")
         probability_GSE = jax.nn.softmax(noisy_GSE, axis=-1)
         gate_GSK, expert_GSK = jax.lax.top_k(probability_GSE, self.top_k)
         if std > 0:

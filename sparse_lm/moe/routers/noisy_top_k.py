@@ -71,7 +71,7 @@ class NoisyTopKRouter(Router):
             x_GSD = inputs.x_GSD.astype(jnp.float32)
             raw_GSE = self.rules.einsum("GSD,DE->GSE", x_GSD, self.rules.whole(self.noise_DE[...]))
             std_GSE = jax.nn.softplus(raw_GSE) + config.noise_floor
-            noisy_GSE = clean_GSE + std_GSE * self.rules.constrain(jax.random.normal(key, clean_GSE.shape), "GSE")
+            noisy_GSE = clean_GSE + std_GSE * self.rules.draw(jax.random.normal, key, clean_GSE.shape, "GSE")
         best_GSK, expert_GSK = jax.lax.top_k(noisy_GSE, self.top_k)
         gate_GSK = jax.nn.softmax(best_GSK, axis=-1)
         num_experts = clean_GSE.shape[-1]

@@ -94,9 +94,9 @@ class SparseMixerRouter(Router):
         if key is None:
             return best_GS, jnp.ones_like(masked_GSE[..., 0])
         draw_key, share_key = jax.random.split(key)
-        noise_GSE = self.rules.constrain(jax.random.gumbel(draw_key, masked_GSE.shape), "GSE")
+        noise_GSE = self.rules.draw(jax.random.gumbel, draw_key, masked_GSE.shape, "GSE")
         expert_GS = jnp.argmax(masked_GSE + noise_GSE, axis=-1)
-        whole_GS = self.rules.constrain(jax.random.uniform(share_key, best_GS.shape), "GS") < WHOLE
+        whole_GS = self.rules.draw(jax.random.uniform, share_key, best_GS.shape, "GS") < WHOLE
         return expert_GS, jnp.where((expert_GS == best_GS) | whole_GS, 1.0, 1 / 3)
 
 

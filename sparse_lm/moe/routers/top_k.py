@@ -120,7 +120,7 @@ class TopKRouter(Router):
     def _chosen(self, logits_GSE: jax.Array, key: jax.Array | None) -> jax.Array:
         """The K experts with the highest logits, or K that are drawn; ties go to the lower expert."""
         if self.config.sample and key is not None:
-            logits_GSE = logits_GSE + self.rules.constrain(jax.random.gumbel(key, logits_GSE.shape), "GSE")
+            logits_GSE = logits_GSE + self.rules.draw(jax.random.gumbel, key, logits_GSE.shape, "GSE")
         return jax.lax.top_k(logits_GSE, self.top_k)[1]
 
     def _used(self, gate_GSK: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -135,5 +135,5 @@ class TopKRouter(Router):
         if policy == "all" or key is None:
             return jnp.broadcast_to(True, gate_GSK.shape)
         scale = 2.0 if policy == "gshard" else 1.0 / self.config.second_threshold
-        uniform_GSK = self.rules.constrain(jax.random.uniform(key, gate_GSK.shape), "GSK")
+        uniform_GSK = self.rules.draw(jax.random.uniform, key, gate_GSK.shape, "GSK")
         return first_K | (scale * share_GSK > uniform_GSK)
