@@ -2,7 +2,7 @@
 
 python experiments/plan.py --config=configs/paper/glam.py:64b_64e --topology=v5p:8x8x16
 Dense layers are GELU-gated in the paper; here they have two matrices of 1.5 times the width, as many parameters.
-Positions are sinusoidal, not a relative bias. Counts fit a vocabulary of 256,000 (64B), 32,000 (others), or none (145M).
+Positions are sinusoidal, not a relative bias. Counts fit a vocabulary of 256,000 (64B), 32,000 (others), none (145M).
 """
 
 from ml_collections import ConfigDict
