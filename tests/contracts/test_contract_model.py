@@ -107,7 +107,7 @@ DIVISIBLE = decoder_config(causal_moe(dispatcher="all_to_all"), num_heads=8, num
 WITHOUT_STAGES = [axis for axis in MESH_AXES if axis != "stage"]
 
 
-@pytest.mark.slow  # 3 min
+@pytest.mark.slow  # some 10 s for each of 56 meshes
 @pytest.mark.parametrize("shape", list(factorisations(8, len(WITHOUT_STAGES))), ids=lambda s: "x".join(map(str, s)))
 def test_training_is_the_same_on_every_factorisation_of_eight_devices(shape, mesh_of, record_property):
     (got,) = decoders.train(DIVISIBLE, mesh_of(**dict(zip(WITHOUT_STAGES, shape, strict=True))))
