@@ -34,6 +34,7 @@ ALLOWED = {
     "checkpoint__asynchronous": False,
     "mesh__expert": 4,
     "mesh__data": 2,
+    "sharding__strategy": "zero1_ep",
     "model__remat": "full",
     "model__scan_layers": False,
     "model__loss_chunk": 16,
