@@ -2,7 +2,8 @@
 
 A change of these losses is a change of what the project computes. If it is meant, write them anew in the same commit
 and say why in its message; if it is not, it is a bug. They are of one CPU: on another one the last digits differ, since
-XLA orders sums by the width of the vector unit, which is why they are compared at a relative tolerance.
+XLA orders sums by the width of the vector unit, which is why they are compared at a relative tolerance. Sooner or later a
+token whose best experts nearly tie chooses otherwise there (switch, from step 40 on a Xeon), hence the wider one at the end.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from sparse_lm.train.state import create_state
 from sparse_lm.train.step import make_train_step
 
 HERE = Path(__file__).resolve().parent
-TOLERANCE = 1e-4
 STEPS = 50
+EARLY, TOLERANCE, LATE_TOLERANCE = 35, 1e-4, 1e-3
 
 GRAMMAR = DataConfig(
     source="grammar",

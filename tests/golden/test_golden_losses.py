@@ -12,7 +12,9 @@ def test_losses_are_what_they_were(name):
     expected = np.loadtxt(golden_cases.path_of(name))
     got = np.array(golden_cases.losses(golden_cases.CASES[name]))
     assert got.shape == expected.shape == (golden_cases.STEPS,)
-    np.testing.assert_allclose(got, expected, rtol=golden_cases.TOLERANCE, err_msg=golden_cases.__doc__ or "")
+    early, why = golden_cases.EARLY, golden_cases.__doc__ or ""
+    np.testing.assert_allclose(got[:early], expected[:early], rtol=golden_cases.TOLERANCE, err_msg=why)
+    np.testing.assert_allclose(got[early:], expected[early:], rtol=golden_cases.LATE_TOLERANCE, err_msg=why)
 
 
 @pytest.mark.parametrize("name", golden_cases.CASES)
