@@ -2,8 +2,9 @@
 
 A change of these losses is a change of what the project computes. If it is meant, write them anew in the same commit
 and say why in its message; if it is not, it is a bug. They are of one CPU: on another one the last digits differ, since
-XLA orders sums by the width of the vector unit, which is why they are compared at a relative tolerance. Sooner or later a
-token whose best experts nearly tie chooses otherwise there (switch, from step 40 on a Xeon), hence the wider one at the end.
+XLA orders sums by the width of the vector unit, which is why they are compared at a relative tolerance. Sooner or later
+a token whose best experts nearly tie chooses otherwise there (switch, from step 40 on a Xeon), hence the wider one at
+the end.
 """
 
 from __future__ import annotations
