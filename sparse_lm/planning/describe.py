@@ -67,6 +67,11 @@ def _memory(plan: Plan) -> list[str]:
 
 def _flops(plan: Plan) -> list[str]:
     lines = [f"model FLOPs per step: {plan.model_flops:.4g} ({plan.tokens_per_step:,} tokens, all devices)"]
+    if plan.estimate.idle:
+        lines.append(
+            f"stages have no microbatch in {percent(plan.estimate.idle, 3)} of the pipeline's turns; larger "
+            "train.accumulate and train.pipeline_microbatches make it less"
+        )
     if isinstance(plan.compiled, OutOfMemory):
         return lines
     exact = plan.step is None or plan.step.work.exact

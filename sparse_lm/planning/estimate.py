@@ -27,7 +27,8 @@ class Estimate:
 
     activations: bytes that the forward pass keeps for the backward one. working: bytes of the largest layer or of the
     loss while it is computed, and of weights gathered for it. flops: executed, with recomputation and empty slots.
-    memory_bytes: moved to and from main memory. collectives: by kind and axes.
+    memory_bytes: moved to and from main memory. collectives: by kind and axes. idle: share of a pipeline's turns in
+    which a stage has no microbatch (it computes on padding, which `flops` has).
     """
 
     activations: int
@@ -35,33 +36,56 @@ class Estimate:
     flops: int
     memory_bytes: int
     collectives: tuple[Collective, ...]
+    idle: float
 
 
 def estimate(experiment: Experiment, mesh: Mapping[str, int], parameters: int, optimizer: int) -> Estimate:
-    """The estimate of a resolved experiment on a mesh. parameters, optimizer: bytes of them on a device."""
-    sizes = _Sizes.of(experiment, mesh)
+    """The estimate of a resolved experiment on a mesh. parameters, optimizer: bytes of them on a device.
+
+    With stages, all layers are taken to be in their groups, and each group to work in every turn of the pipeline.
+    """
+    sizes, turns = _Sizes.of(experiment, mesh), _Turns.of(experiment, mesh)
     kept = {"none": sizes.inside, "full": sizes.tokens * sizes.width}.get(experiment.model.remat, sizes.products)
-    layers, repeats = experiment.model.num_layers, experiment.train.accumulate
     working = max(sizes.logits, sizes.inside + 2 * sizes.gathered)
-    if repeats > 1:
+    if experiment.train.accumulate > 1:
         working += parameters  # the sum of gradients beside those of the microbatch
-    activations = layers * kept
     passes = 2 if experiment.model.remat == "none" else 3
-    moved = 3 * (parameters + optimizer) + repeats * passes * layers * (2 * sizes.inside + 2 * sizes.gathered)
+    moved = 3 * (parameters + optimizer) + turns.all * passes * turns.layers * (2 * sizes.inside + 2 * sizes.gathered)
     return Estimate(
-        activations=int(activations),
+        activations=int(turns.layers * kept * turns.kept),
         working=int(working),
-        flops=int(sizes.flops / math.prod(mesh.values())),
-        memory_bytes=int(moved + 4 * repeats * sizes.logits),
-        collectives=_moves(experiment, mesh, sizes, repeats),
+        flops=int(_flops(experiment, turns) / math.prod(mesh.values())),
+        memory_bytes=int(moved + 4 * experiment.train.accumulate * sizes.logits),
+        collectives=_moves(experiment, mesh, sizes, turns),
+        idle=1 - 1 / turns.longer,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """How often a device passes through its `layers` in a step (`all`), how many passes it keeps at once (`kept`), and
+    passes over those that have a microbatch (`longer`, at least 1); see `models.pipeline`.
+    """
+
+    layers: float
+    all: int
+    kept: int
+    longer: float
+
+    @classmethod
+    def of(cls, experiment: Experiment, mesh: Mapping[str, int]) -> _Turns:
+        """Of a resolved experiment on a mesh."""
+        stages, microbatches = mesh["stage"], experiment.train.accumulate
+        in_flight = 1 if stages == 1 else experiment.train.pipeline_microbatches or microbatches
+        one = in_flight + stages - 1
+        return cls(experiment.model.num_layers / stages, microbatches // in_flight * one, one, one / in_flight)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
     """tokens: of a device in one microbatch. width: bytes of an activation vector. The rest in bytes: what a layer
     computes (`inside`), of that the results of its products (`products`), its weights as they are used (`gathered`),
-    and logits with their gradient. flops: executed by all devices in a step.
+    and logits with their gradient.
     """
 
     tokens: int
@@ -70,7 +94,6 @@ class _Sizes:
     products: float
     gathered: float
     logits: float
-    flops: float
 
     @classmethod
     def of(cls, experiment: Experiment, mesh: Mapping[str, int]) -> _Sizes:
@@ -80,9 +103,9 @@ class _Sizes:
         tokens = max(1, int(experiment.train.batch_size * length / parts))
         element = 2 if model.dtype == "bfloat16" else 4
         cut = mesh["model"]
-        hidden, slots, experts = model.d_ff / cut, 0.0, 0.0
+        hidden, slots = model.d_ff / cut, 0.0
         if model.moe is not None:
-            slots, experts = _slots(model.moe, mesh["expert"]), _slots(model.moe, 1)
+            slots = _slots(model.moe, mesh["expert"])
             hidden = (slots * model.d_expert + model.moe.shared_width(model.d_expert)) / cut
         matrices = 3 if model.activation in GATED else 2
         products = tokens * element * (_heads(model) / cut + matrices * hidden + (slots + 2) * model.d_model)
@@ -94,8 +117,7 @@ class _Sizes:
         layer += counts.experts.total / (mesh["expert"] if stay else 1)
         gathered = layer / model.num_layers * element / cut
         logits = 2 * 4 * min(tokens, model.loss_chunk or tokens) * (model.vocab_size or 0) / cut
-        flops = _flops(experiment, experts)
-        return cls(tokens, element * model.d_model, inside, products, gathered, logits, flops)
+        return cls(tokens, element * model.d_model, inside, products, gathered, logits)
 
 
 def _slots(moe: MoEConfig, devices: int) -> float:
@@ -113,8 +135,12 @@ def _slots(moe: MoEConfig, devices: int) -> float:
 
 def _heads(model: ModelConfig) -> float:
     """Numbers per token in queries, keys, values and what heads see."""
-    both = score_widths(model)[0][0] / model.num_heads  # of a key and a value
-    return (model.num_heads + model.kv_heads) * both
+    return _keys(model) * (1 + model.num_heads / model.kv_heads)
+
+
+def _keys(model: ModelConfig) -> float:
+    """Numbers per token in keys and values."""
+    return model.kv_heads * score_widths(model)[0][0] / model.num_heads
 
 
 def _scores(model: ModelConfig, length: int) -> float:
@@ -127,45 +153,51 @@ def _scores(model: ModelConfig, length: int) -> float:
     return model.num_heads * block**2 / length
 
 
-def _flops(experiment: Experiment, choices: float) -> float:
-    """FLOPs that all devices execute in a step: the model's, empty slots, and the forward pass again with remat."""
+def _flops(experiment: Experiment, turns: _Turns) -> float:
+    """FLOPs that all devices execute in a step: the model's, empty slots, and the forward pass again with remat.
+
+    What a stage computes without a microbatch counts as well.
+    """
     model, length = experiment.model, experiment.data.length
     counts = count(model)
     parts = {name: float(counts.part_flops(name, length)) for name in counts.parts()}
     if model.moe is not None:
-        parts["experts"] *= choices / model.moe.top_k
-    if model.remat == "full":
-        parts = {name: flops * (1 if name == "unembedding" else 4 / 3) for name, flops in parts.items()}
+        parts["experts"] *= _slots(model.moe, 1) / model.moe.top_k
+    again = turns.longer * (4 / 3 if model.remat == "full" else 1)
+    parts = {name: flops * (1 if name == "unembedding" else again) for name, flops in parts.items()}
     return experiment.train.batch_size * length * sum(parts.values())
 
 
-def _moves(experiment: Experiment, mesh: Mapping[str, int], sizes: _Sizes, repeats: int) -> tuple[Collective, ...]:
-    """Weights gathered and their gradients scattered over fsdp, gradients summed over data, slots exchanged."""
-    model, layers = experiment.model, experiment.model.num_layers
-    forward = 1 if model.remat == "none" else 2
-    found = []
+def _moves(experiment: Experiment, mesh: Mapping[str, int], sizes: _Sizes, turns: _Turns) -> tuple[Collective, ...]:
+    """Weights gathered and their gradients scattered over fsdp, gradients summed over data and replica, slots
+    exchanged, keys and values gathered over context, activations handed on over stage.
+    """
+    model = experiment.model
     element = 2 if model.dtype == "bfloat16" else 4
-    counts = count(model)
+    forward = 1 if model.remat == "none" else 2
+    counts, passes, vectors = count(model), turns.all * turns.layers, sizes.tokens * sizes.width
+    found: list[Collective] = []
+
+    def move(kind: str, axis: str | tuple[str, ...], times: float, bytes_: float) -> None:
+        axes = tuple(name for name in ((axis,) if isinstance(axis, str) else axis) if mesh[name] > 1)
+        if axes and times:
+            found.append(Collective(kind, int(times), int(times * bytes_), True, axes))
+
     table = (counts.embedding.total + counts.unembedding.total) * element / mesh["model"]
-    weights = int(layers * sizes.gathered + table)
-    if mesh["fsdp"] > 1:
-        found.append(Collective("all-gather", repeats * layers * forward, repeats * forward * weights, True, ("fsdp",)))
-        found.append(Collective("reduce-scatter", repeats * layers, repeats * weights, True, ("fsdp",)))
-    if mesh["data"] > 1:
-        found.append(Collective("all-reduce", layers, 4 * weights // element // mesh["fsdp"], True, ("data",)))
-    moe = model.moe
-    if moe is not None and mesh["expert"] > 1:
-        sparse = sum(model.sparse)
-        if DISPATCHERS[moe.dispatcher].moves_tokens:
-            slots = _slots(moe, 1) * sizes.tokens * sizes.width
-            times = 2 * repeats * sparse * (forward + 1)
-            found.append(Collective("all-to-all", times, int(times * slots), True, ("expert",)))
+    weights = sizes.gathered + table / turns.layers
+    move("all-gather", "fsdp", passes * forward, weights)
+    move("reduce-scatter", "fsdp", passes, weights)
+    move("all-reduce", ("replica", "data"), turns.layers, 4 * weights / element / mesh["fsdp"])
+    if model.moe is not None and any(model.sparse):
+        sparse = turns.all * sum(model.sparse) / mesh["stage"]
+        if DISPATCHERS[model.moe.dispatcher].moves_tokens:
+            move("all-to-all", "expert", 2 * sparse * (forward + 1), _slots(model.moe, 1) * vectors)
         else:
-            experts = counts.experts.total * element / mesh["model"]
-            found.append(
-                Collective("all-gather", repeats * sparse, int(repeats * forward * experts), True, ("expert",))
-            )
-    if mesh["model"] > 1:
-        times = 2 * repeats * layers * (forward + 1)
-        found.append(Collective("all-reduce", times, times * sizes.tokens * sizes.width, True, ("model",)))
+            experts = counts.experts.total / sum(model.sparse) * element / mesh["model"]
+            move("all-gather", "expert", sparse * forward, experts)
+    move("all-reduce", "model", 2 * passes * (forward + 1), vectors)
+    keys = sizes.tokens * mesh["context"] * element * _keys(model) / mesh["model"]
+    move("all-gather", "context", passes * forward, keys)
+    move("reduce-scatter", "context", passes, keys)
+    move("collective-permute", "stage", 3 * 2 * turns.all, vectors)
     return tuple(found)

@@ -34,6 +34,7 @@ RESUMABLE = (
     "train.max_nonfinite",
     "train.sample_tokens",
     "train.accumulate",
+    "train.pipeline_microbatches",
     "checkpoint",
     "mesh",
     "sharding",
@@ -41,6 +42,7 @@ RESUMABLE = (
     "model.loss_chunk",
     "model.scan_layers",
     "model.moe.dispatcher",
+    "model.moe.exchange_chunks",
 )
 
 

@@ -45,5 +45,13 @@ def test_the_compilers_words_are_passed_on(plan):
     assert large.to_json()["fits"] is False
 
 
+def test_waiting_of_stages_is_told():
+    config = resolve(CONFIG.replace(mesh__expert=1, mesh__stage=2, train__accumulate=4, model__moe__every=1))
+    text = describe(plan_topology(config, "h100:2", compile_step=False), config)
+    assert "stages have no microbatch in 20% of the pipeline's turns" in text
+    assert re.search(r"collective-permute +stage  +\d", text)
+    assert "stages" not in describe(plan_topology(CONFIG, "h100:8"), CONFIG)
+
+
 def test_columns_are_aligned():
     assert aligned([("a", "1"), ("bbb", "22")]) == ["a     1", "bbb  22"]

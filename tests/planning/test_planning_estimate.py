@@ -120,6 +120,51 @@ def test_microbatches_need_a_second_set_of_gradients_but_smaller_arrays():
     assert parts.flops == whole.flops
 
 
+def test_stages_share_the_layers_and_wait_in_the_bubble():
+    """2 layers on 2 stages, 4 microbatches of 2 rows of 16 tokens, 16 wide, float32: 5 turns, 4 of them with one."""
+    changes = {"model__remat": "full", "train__accumulate": 4, "model__moe__every": 1}
+    whole, cut = estimated(**changes), estimated({"stage": 2}, **changes)
+    assert cut.activations == 5 * 1 * 2 * 16 * 16 * 4 and whole.activations == 2 * 2 * 16 * 16 * 4
+    head = 8 * 16 * count(experiment(**changes).model).part_flops("unembedding", 16)
+    assert cut.flops == pytest.approx(((whole.flops - head) * 5 / 4 + head) / 2, rel=1e-6)
+    assert cut.idle == pytest.approx(1 / 5) and whole.idle == 0
+    assert moves(cut) == {("collective-permute", ("stage",)): 3 * 2 * 5 * 2 * 16 * 16 * 4}
+
+
+def test_flights_of_fewer_microbatches_keep_less_and_wait_more():
+    all_at_once, in_pairs = (
+        estimated({"stage": 2}, train__accumulate=4, train__pipeline_microbatches=number) for number in (None, 2)
+    )
+    assert in_pairs.activations * 5 == all_at_once.activations * 3
+    assert in_pairs.flops > all_at_once.flops
+    assert in_pairs.memory_bytes > all_at_once.memory_bytes
+
+
+def test_rows_that_are_cut_gather_keys_and_values():
+    found = moves(estimated({"context": 4}))
+    # 2 layers, 8 rows of 16 tokens, keys and values of 16 numbers each, float32.
+    assert found["all-gather", ("context",)] == found["reduce-scatter", ("context",)] == 2 * 8 * 16 * 2 * 16 * 4
+
+
+def test_gradients_are_summed_over_slices_too():
+    found = moves(estimated({"replica": 2, "data": 2}))
+    assert set(found) == {("all-reduce", ("replica", "data"))}
+    assert found["all-reduce", ("replica", "data")] == moves(estimated({"data": 4}))["all-reduce", ("data",)]
+
+
+@pytest.mark.slow
+def test_the_pipeline_does_what_the_formulas_say():
+    def plan(stages):
+        config = experiment(mesh__stage=stages, mesh__data=1, train__accumulate=4, model__moe__every=1)
+        return make_plan(config, make_mesh(config.mesh_sizes(stages), jax.devices()[:stages]))
+
+    whole, cut = plan(1), plan(2)
+    compiled = {(one.kind, one.axes): one.bytes for one in cut.step.collectives}
+    permuted = "collective-permute", ("stage",)
+    assert moves(cut.estimate)[permuted] == pytest.approx(compiled[permuted], rel=0.1)
+    assert cut.estimate.flops / whole.estimate.flops == pytest.approx(cut.step.work.flops / whole.step.work.flops, 0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_exchanged_bytes_and_flops_are_those_of_the_compiled_step(remat):

@@ -28,6 +28,7 @@ ALLOWED = {
     "train__max_nonfinite": 2,
     "train__sample_tokens": 0,
     "train__accumulate": 2,
+    "train__pipeline_microbatches": 1,
     "checkpoint__every": 1,
     "checkpoint__keep": 9,
     "checkpoint__best": False,
@@ -39,6 +40,7 @@ ALLOWED = {
     "model__scan_layers": False,
     "model__loss_chunk": 16,
     "model__moe__dispatcher": "all_to_all",
+    "model__moe__exchange_chunks": 2,
 }
 REFUSED = {
     "seed": 1,
