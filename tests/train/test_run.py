@@ -16,7 +16,7 @@ from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.train import run
 from sparse_lm.train.run import RESUMABLE, RunInfo, check_resumable, describe_run, read_info, write_info
 
-CONFIG = resolved(tiny.experiment(), 8)
+CONFIG = resolved(tiny.experiment(model__moe__dispatcher="all_to_all"), 8)
 STORED = RunInfo(CONFIG, "a" * 64)
 
 ALLOWED = {
@@ -39,7 +39,7 @@ ALLOWED = {
     "model__remat": "full",
     "model__scan_layers": False,
     "model__loss_chunk": 16,
-    "model__moe__dispatcher": "all_to_all",
+    "model__moe__dispatcher": "gather",
     "model__moe__exchange_chunks": 2,
 }
 REFUSED = {
