@@ -81,6 +81,8 @@ class MoEConfig(Config):
     dispatcher: see `moe.dispatch`. grouped: what computes the experts of those without a capacity, see `moe.grouped`.
     exchange_chunks: into how many parts a dispatcher that moves tokens cuts its exchanges, so that one part travels
         while the experts compute another; results stay the same. 1 is all at once.
+    hot_copies: of so many experts, the most loaded ones of each step, every device of mesh.expert gets a copy with
+        dispatcher=ragged_all_to_all; results stay the same, see `moe.dispatch.hot`.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
     """
@@ -107,6 +109,7 @@ class MoEConfig(Config):
     dispatcher: Literal["dense", "einsum", "gather", "dropless", "all_to_all", "ragged_all_to_all"] = "gather"
     grouped: Grouped = "auto"
     exchange_chunks: int = option(1, ge=1)
+    hot_copies: int = option(0, ge=0)
     balance: BalanceConfig = BalanceConfig()
     expert_dropout: float = option(0.0, ge=0, lt=1)
     init_scale: float = option(1.0, gt=0)
@@ -160,6 +163,14 @@ class MoEConfig(Config):
                 self.exchange_chunks,
                 f"{self.dispatcher} exchanges nothing; use 1, or dispatcher={moving}",
             )
+        if self.hot_copies and self.dispatcher != "ragged_all_to_all":
+            raise ConfigError(
+                "hot_copies",
+                self.hot_copies,
+                f"{self.dispatcher} has the same room for every expert; use 0, or dispatcher=ragged_all_to_all",
+            )
+        if self.hot_copies > self.num_experts:
+            raise ConfigError("hot_copies", self.hot_copies, f"there are {self.num_experts} experts; use fewer copies")
         for name in ("capacity_factor", "capacity_factor_eval"):
             factor = getattr(self, name)
             if not has_capacity and factor is not None:

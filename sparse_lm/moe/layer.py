@@ -130,7 +130,8 @@ class MoE(nnx.Module):
             # With free experts the dispatcher does not see all that is kept.
             renormalise=self._after_drop and self.free is None,
         )
-        return DISPATCHERS[config.dispatcher](slots, self.rules, config.grouped, config.exchange_chunks)
+        how = config.grouped, config.exchange_chunks, config.hot_copies
+        return DISPATCHERS[config.dispatcher](slots, self.rules, *how)
 
 
 def _forced(forced: TokenChoice, own: Decision) -> TokenChoice:

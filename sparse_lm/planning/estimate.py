@@ -123,11 +123,15 @@ class _Sizes:
 def _slots(moe: MoEConfig, devices: int) -> float:
     """Rows of experts per token: k times the capacity factor; all experts' where nothing is dropped and all have room.
 
-    Without capacity a device has room for what all devices along `expert` could send it, if tokens move.
+    Without capacity a device has room for what all devices along `expert` could send it, if tokens move; see
+    `moe.dispatch.hot` for copies of experts.
     """
     dispatcher = DISPATCHERS[moe.dispatcher]
     if not dispatcher.has_capacity:
-        return float(moe.top_k * (devices if dispatcher.moves_tokens else 1))
+        room, own = float(devices if dispatcher.moves_tokens else 1), moe.num_experts / devices
+        if moe.hot_copies and devices > 1:
+            room = min(room, room * own / (own + moe.hot_copies) + 1)
+        return moe.top_k * room
     if moe.dispatcher == "dense" or moe.capacity_factor is None:
         return float(moe.num_experts)
     return min(moe.top_k * moe.capacity_factor, float(moe.num_experts))

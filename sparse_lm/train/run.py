@@ -43,6 +43,7 @@ RESUMABLE = (
     "model.scan_layers",
     "model.moe.dispatcher",
     "model.moe.exchange_chunks",
+    "model.moe.hot_copies",
 )
 
 

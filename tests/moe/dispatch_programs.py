@@ -30,7 +30,7 @@ MOVES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A layer: G groups of S tokens, K of E experts of width F, C slots."""
+    """A layer: G groups of S tokens, K of E experts of width F, C slots; copies of the most loaded experts."""
 
     groups: int = 4
     size: int = 256
@@ -39,6 +39,7 @@ class Sizes:
     width: int = 64
     hidden: int = 128
     slots: int = 80
+    copies: int = 0
 
 
 def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jnp.float32, chunks=1, options=None):
@@ -51,7 +52,7 @@ def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jn
         graph, state = nnx.split(jax.eval_shape(lambda: Experts(jax.random.key(0), shape, "swiglu")))
 
         def output(state, x_GSD, expert_GSK, gate_GSK):
-            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped, chunks)
+            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped, chunks, sizes.copies)
             return dispatcher(nnx.merge(graph, state), x_GSD, TokenChoice(expert_GSK, gate_GSK))[0]
 
         def loss(*arguments):

@@ -63,14 +63,17 @@ def test_rotated_numbers_of_latent_attention_are_held_as_well():
 def test_without_capacity_experts_have_room_for_all_that_may_come():
     """Rows of experts per token, each of 2 x 16 + 3 x 8 numbers inside of a layer, on 4 devices."""
 
-    def inside(dispatcher, factor=None):
+    def inside(dispatcher, factor=None, copies=0):
         moe = {"dispatcher": dispatcher, "capacity_factor": factor, "capacity_factor_eval": None, "every": 1}
+        moe |= {"hot_copies": copies}
         found = estimated({"expert": 4}, **{f"model__moe__{key}": value for key, value in moe.items()})
         return found.activations / (2 * 2 * 16 * 4)  # layers x tokens of a device x bytes
 
     per_row, bounded = 2 * 16 + 3 * 8, inside("gather", 1.0)
     assert inside("dropless") == bounded
     assert inside("ragged_all_to_all") - bounded == per_row * 2 * (4 - 1)
+    # 4 experts: one per device, of which half of all rows at most come, and the device's own.
+    assert inside("ragged_all_to_all", copies=1) - bounded == per_row * 2 * (4 / 2 + 1 - 1)
     assert inside("gather") - bounded == inside("dense") - bounded == per_row * (4 - 2)
 
 

@@ -67,8 +67,17 @@ def test_what_changes_neither_model_nor_data_may_change(name):
     check_resumable(STORED, CONFIG.replace(**{name: ALLOWED[name]}), STORED.fingerprint)
 
 
+def test_copies_of_loaded_experts_may_change():
+    ragged = CONFIG.replace(
+        model__moe__dispatcher="ragged_all_to_all",
+        model__moe__capacity_factor=None,
+        model__moe__capacity_factor_eval=None,
+    )
+    check_resumable(RunInfo(ragged, "a" * 64), ragged.replace(model__moe__hot_copies=1), "a" * 64)
+
+
 def test_every_exception_has_a_case():
-    names = [dotted(name) for name in ALLOWED]
+    names = [*(dotted(name) for name in ALLOWED), "model.moe.hot_copies"]
     assert all(any(name == key or name.startswith(key + ".") for name in names) for key in RESUMABLE)
     assert all(any(name == key or name.startswith(key + ".") for key in RESUMABLE) for name in names)
 

@@ -36,12 +36,14 @@ class Dispatcher(abc.ABC):
 
     grouped: the kernel of those that have no capacity, see `moe.grouped`.
     exchange_chunks: into how many parts those that move tokens cut an exchange, see `in_chunks`.
+    hot_copies: how many of the most loaded experts every device gets a copy of, see `dispatch.hot`.
     """
 
     slots: SlotRule
     rules: Rules
     grouped: Grouped = "auto"
     exchange_chunks: int = 1
+    hot_copies: int = 0
 
     @abc.abstractmethod
     def local(

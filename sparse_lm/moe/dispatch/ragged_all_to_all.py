@@ -13,6 +13,7 @@ from sparse_lm.moe.dispatch.base import Dispatcher, in_chunks
 from sparse_lm.moe.dispatch.dropless import experts_on_rows, loads, sorted_routes
 from sparse_lm.moe.dispatch.exchange import exchange, move
 from sparse_lm.moe.dispatch.gather import permuted
+from sparse_lm.moe.dispatch.hot import Hot
 from sparse_lm.moe.dispatch.replicas import place, runs, sharers
 from sparse_lm.moe.grouped import Layout
 
@@ -22,7 +23,7 @@ class RaggedAllToAll(Dispatcher):
 
     A device has room for all assignments of the devices that it shares the experts with, since all may choose its
     experts: nothing is dropped, whatever the mesh. With `exchange_chunks` above 1 it does all of that for a part of
-    every group's tokens at a time.
+    every group's tokens at a time. With `hot_copies`, see `dispatch.hot`, less room is enough.
     """
 
     moves_tokens = True
@@ -36,11 +37,12 @@ class RaggedAllToAll(Dispatcher):
 
     def _chunk(self, experts, tokens, key):
         x_GSD, decision, ids_GS = tokens
-        num_experts, kernel = experts.num_experts, self.kernel
-        count_E, rows = loads(decision, num_experts), decision.expert_GSK.size
-        routes = sorted_routes(decision, count_E, jnp.cumsum(count_E) - count_E, rows)
-        traffic = Traffic.of(count_E)
-        room = traffic.devices * rows
+        kernel, rows = self.kernel, decision.expert_GSK.size
+        hot = Hot.of(loads(decision, experts.num_experts), self.hot_copies)
+        experts, choice = hot.with_copies(experts), hot.renumbered(decision)
+        count_X = loads(choice, hot.each * sharers(experts.num_experts))
+        routes = sorted_routes(choice, count_X, jnp.cumsum(count_X) - count_X, rows)
+        traffic, room = Traffic.of(count_X), hot.room(rows)
         layout = kernel.layout(jnp.sum(traffic.arriving_NE, axis=0), room)
         row_Q = traffic.rows_in(layout, room)
         x_QD = exchange(routes.to_slots(x_GSD)[0], traffic.size_NN, room, rows)
@@ -48,8 +50,8 @@ class RaggedAllToAll(Dispatcher):
         ids_R = None
         if key is not None and experts.dropout_rate > 0:
             ids_Q = move(routes.ids(ids_GS)[0][:, None], traffic.size_NN, room)[:, 0]
-            first = place(traffic.devices) * layout.first_E.shape[0]
-            ids_R = ids_Q.at[from_R].get(mode="fill", fill_value=0) * num_experts + first + layout.expert_R
+            ids_R = ids_Q.at[from_R].get(mode="fill", fill_value=0) * experts.num_experts
+            ids_R += hot.numbered().at[layout.expert_R].get(mode="clip")
         y_RD = experts_on_rows(experts, x_RD, (layout, kernel), ids_R, key)
         y_QD, _ = permuted(y_RD, from_R, room)
         y_AD = exchange(y_QD, traffic.size_NN.T, rows, room)
@@ -61,7 +63,7 @@ class RaggedAllToAll(Dispatcher):
 class Traffic:
     """Who sends how much to whom. N: devices that share the experts, see `dispatch.replicas`.
 
-    size_NN: rows from each device to each. arriving_NE: rows for this device's own experts, by sender.
+    size_NN: rows from each device to each. arriving_NE: rows for the experts that this device computes, by sender.
     """
 
     size_NN: Int[Array, "N N"]
@@ -69,7 +71,7 @@ class Traffic:
 
     @classmethod
     def of(cls, count_E: Int[Array, "E"]) -> Traffic:
-        """count_E: rows that this device has for each of all experts. Every device learns the counts of the others."""
+        """count_E: rows that this device has for each expert of each device, in turn. All devices learn all counts."""
         devices = sharers(count_E.size)
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis_index_groups=runs(devices))
         count_NE = gather(count_E) if devices > 1 else count_E[None]
