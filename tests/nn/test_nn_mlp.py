@@ -34,7 +34,7 @@ FORMULAS = {
 def test_activation(kind):
     up, gate = np.linspace(-9, 9, 13), np.linspace(8, -8, 13)
     got = activate(kind, jnp.asarray(up), jnp.asarray(gate) if kind in GATED else None)
-    np.testing.assert_allclose(got, FORMULAS[kind](up, gate), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got, FORMULAS[kind](up, gate), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

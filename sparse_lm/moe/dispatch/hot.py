@@ -61,7 +61,7 @@ class Hot:
         """Experts that a device computes."""
         return self.own + self.expert_H.size
 
-    def numbered(self) -> Int[Array, "X"]:
+    def numbered(self) -> Int[Array, "E"]:
         """Which of all experts each one is that this device computes."""
         own = place(sharers(self.num_experts)) * self.own + jnp.arange(self.own, dtype=jnp.int32)
         return jnp.concatenate([own, self.expert_H])
