@@ -50,10 +50,10 @@ from sparse_lm.telemetry.inline import inline_page
 
 # %% [markdown]
 # A study is a file: question, variants, the paper's numbers, and what the paper claims, as predicates. This one is cut
-# down to three of its variants, two seeds and half of the steps; `experiments/ablate.py` runs it whole.
+# down to three of its variants, two seeds and a third of the steps; `experiments/ablate.py` runs it whole.
 
 # %%
-study = load_study(Path("../configs/ablations/experts.py")).smaller("e2", "e16", "e32", train__steps=400)
+study = load_study(Path("../configs/ablations/experts.py")).smaller("e2", "e16", "e32", train__steps=270)
 plan = make_plan(study, "toy", seeds=2)
 directory = study_dir(plan, Path("runs/studies"))
 print("\n".join(listing(plan, directory, Shard())))
