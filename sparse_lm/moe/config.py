@@ -163,11 +163,12 @@ class MoEConfig(Config):
                 self.exchange_chunks,
                 f"{self.dispatcher} exchanges nothing; use 1, or dispatcher={moving}",
             )
-        if self.hot_copies and self.dispatcher != "ragged_all_to_all":
+        if self.hot_copies and (has_capacity or not DISPATCHERS[self.dispatcher].moves_tokens):
+            why = "has the same room for every expert" if has_capacity else "exchanges nothing"
             raise ConfigError(
                 "hot_copies",
                 self.hot_copies,
-                f"{self.dispatcher} has the same room for every expert; use 0, or dispatcher=ragged_all_to_all",
+                f"{self.dispatcher} {why}; use 0, or dispatcher=ragged_all_to_all",
             )
         if self.hot_copies > self.num_experts:
             raise ConfigError("hot_copies", self.hot_copies, f"there are {self.num_experts} experts; use fewer copies")

@@ -17,6 +17,7 @@ from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.counts import count
 from sparse_lm.moe.config import MoEConfig
 from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.dispatch.hot import worst
 from sparse_lm.nn.mlp import GATED
 from sparse_lm.planning.collectives import Collective
 
@@ -128,10 +129,7 @@ def _slots(moe: MoEConfig, devices: int) -> float:
     """
     dispatcher = DISPATCHERS[moe.dispatcher]
     if not dispatcher.has_capacity:
-        room, own = float(devices if dispatcher.moves_tokens else 1), moe.num_experts / devices
-        if moe.hot_copies and devices > 1:
-            room = min(room, room * own / (own + moe.hot_copies) + 1)
-        return moe.top_k * room
+        return float(moe.top_k * (worst(moe.num_experts, devices, moe.hot_copies) if dispatcher.moves_tokens else 1))
     if moe.dispatcher == "dense" or moe.capacity_factor is None:
         return float(moe.num_experts)
     return min(moe.top_k * moe.capacity_factor, float(moe.num_experts))
@@ -182,26 +180,26 @@ def _moves(experiment: Experiment, mesh: Mapping[str, int], sizes: _Sizes, turns
     counts, passes, vectors = count(model), turns.all * turns.layers, sizes.tokens * sizes.width
     found: list[Collective] = []
 
-    def move(kind: str, axis: str | tuple[str, ...], times: float, bytes_: float) -> None:
-        axes = tuple(name for name in ((axis,) if isinstance(axis, str) else axis) if mesh[name] > 1)
+    def move(kind: str, times: float, bytes_: float, *along: str) -> None:
+        axes = tuple(axis for axis in along if mesh[axis] > 1)
         if axes and times:
             found.append(Collective(kind, int(times), int(times * bytes_), True, axes))
 
     table = (counts.embedding.total + counts.unembedding.total) * element / mesh["model"]
     weights = sizes.gathered + table / turns.layers
-    move("all-gather", "fsdp", passes * forward, weights)
-    move("reduce-scatter", "fsdp", passes, weights)
-    move("all-reduce", ("replica", "data"), turns.layers, 4 * weights / element / mesh["fsdp"])
+    move("all-gather", passes * forward, weights, "fsdp")
+    move("reduce-scatter", passes, weights, "fsdp")
+    move("all-reduce", turns.layers, 4 * weights / element / mesh["fsdp"], "replica", "data")
     if model.moe is not None and any(model.sparse):
         sparse = turns.all * sum(model.sparse) / mesh["stage"]
         if DISPATCHERS[model.moe.dispatcher].moves_tokens:
-            move("all-to-all", "expert", 2 * sparse * (forward + 1), _slots(model.moe, 1) * vectors)
+            move("all-to-all", 2 * sparse * (forward + 1), _slots(model.moe, 1) * vectors, "expert")
         else:
             experts = counts.experts.total / sum(model.sparse) * element / mesh["model"]
-            move("all-gather", "expert", sparse * forward, experts)
-    move("all-reduce", "model", 2 * passes * (forward + 1), vectors)
+            move("all-gather", sparse * forward, experts, "expert")
+    move("all-reduce", 2 * passes * (forward + 1), vectors, "model")
     keys = sizes.tokens * mesh["context"] * element * _keys(model) / mesh["model"]
-    move("all-gather", "context", passes * forward, keys)
-    move("reduce-scatter", "context", passes, keys)
-    move("collective-permute", "stage", 3 * 2 * turns.all, vectors)
+    move("all-gather", passes * forward, keys, "context")
+    move("reduce-scatter", passes, keys, "context")
+    move("collective-permute", 3 * 2 * turns.all, vectors, "stage")
     return tuple(found)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dispatch_cases import LOADS, RNG, D, G, K, S, assert_close, with_gradients
+from dispatch_cases import RNG, D, G, K, S, assert_close, with_gradients
 
 from sparse_lm.config import ConfigError
 from sparse_lm.moe.config import MoEConfig
@@ -36,7 +36,7 @@ def expected(load):
     return with_gradients(Dense(SlotRule(S), DEFAULT), None, EIGHT[load], sizes=SIZES, dropout=0.3)
 
 
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("load", EIGHT)
 @pytest.mark.parametrize(("copies", "sizes"), [(1, {"expert": 4}), (3, {"expert": 4}), (2, {"expert": 2, "model": 2})])
 def test_copies_change_neither_results_nor_gradients(copies, sizes, load, mesh_of):
     dispatcher = RaggedAllToAll(SlotRule(S), DEFAULT, hot_copies=copies)
@@ -108,6 +108,8 @@ def test_weights_of_the_copies_move_by_one_sum_each(mesh_of):
 def test_what_cannot_be_is_refused(mesh_of):
     with pytest.raises(ConfigError, match=r"hot_copies=2.*gather has the same room.*ragged_all_to_all"):
         MoEConfig(hot_copies=2)
+    with pytest.raises(ConfigError, match=r"hot_copies=2.*dropless exchanges nothing.*ragged_all_to_all"):
+        MoEConfig(hot_copies=2, dispatcher="dropless", capacity_factor=None, capacity_factor_eval=None)
     changes = {"dispatcher": "ragged_all_to_all", "capacity_factor": None, "capacity_factor_eval": None}
     with pytest.raises(ConfigError, match=r"hot_copies=9.*there are 8 experts"):
         MoEConfig(hot_copies=9, **changes)

@@ -33,8 +33,10 @@ FORMULAS = {
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activation(kind):
     up, gate = np.linspace(-9, 9, 13), np.linspace(8, -8, 13)
-    got = activate(kind, jnp.asarray(up), jnp.asarray(gate) if kind in GATED else None)
-    np.testing.assert_allclose(got, FORMULAS[kind](up, gate), rtol=1e-5, atol=1e-5)
+    # Optimised, as it is used: what the tests' flags make of 1 + tanh is off by an ulp of 1 where it should vanish.
+    function = jax.jit(activate, static_argnums=0, compiler_options={"xla_backend_optimization_level": 2})
+    got = function(kind, jnp.asarray(up), jnp.asarray(gate) if kind in GATED else None)
+    np.testing.assert_allclose(got, FORMULAS[kind](up, gate), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)

@@ -11,6 +11,7 @@ m / (m + H) of all rows go to the m of one device, since each of the H has at le
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Int
 
 from sparse_lm.config import ConfigError
 from sparse_lm.mesh import manual_axis_size, varying
+from sparse_lm.moe.dispatch.dropless import loads
 from sparse_lm.moe.dispatch.replicas import place, sharers
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.types import TokenChoice
@@ -35,26 +37,32 @@ class Hot:
     num_experts: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, count_E: Int[Array, "E"], copies: int) -> Hot:
-        """The most loaded ones; none where a device has all experts. count_E: assignments of each on this device.
+    def of(cls, decision: TokenChoice, num_experts: int, copies: int) -> Hot:
+        """The most loaded ones; none where a device has all experts. decision: for the tokens of this device.
 
         Raises `ConfigError` where the devices cannot share the experts out evenly: then there are replicas of all.
         """
-        experts, devices = count_E.size, manual_axis_size("expert")
-        if copies and sharers(experts) < devices:
+        devices = manual_axis_size("expert")
+        if copies and sharers(num_experts) < devices:
             raise ConfigError(
                 "model.moe.hot_copies",
                 copies,
-                f"mesh.expert={devices} does not divide the {experts} experts, which have replicas as it is; use 0",
+                f"mesh.expert={devices} does not divide the {num_experts} experts, which have replicas as it is; use 0",
             )
         if not copies or devices == 1:
-            return cls(jnp.zeros((0,), jnp.int32), experts)
-        return cls(jax.lax.top_k(jax.lax.psum(count_E, "expert"), copies)[1].astype(jnp.int32), experts)
+            return cls(jnp.zeros((0,), jnp.int32), num_experts)
+        count_E = jax.lax.psum(loads(decision, num_experts), "expert")
+        return cls(jax.lax.top_k(count_E, copies)[1].astype(jnp.int32), num_experts)
+
+    @property
+    def devices(self) -> int:
+        """Those that share the experts."""
+        return sharers(self.num_experts)
 
     @property
     def own(self) -> int:
         """Experts that a device has without copies."""
-        return self.num_experts // sharers(self.num_experts)
+        return self.num_experts // self.devices
 
     @property
     def each(self) -> int:
@@ -63,14 +71,14 @@ class Hot:
 
     def numbered(self) -> Int[Array, "E"]:
         """Which of all experts each one is that this device computes."""
-        own = place(sharers(self.num_experts)) * self.own + jnp.arange(self.own, dtype=jnp.int32)
+        own = place(self.devices) * self.own + jnp.arange(self.own, dtype=jnp.int32)
         return jnp.concatenate([own, self.expert_H])
 
     def renumbered(self, decision: TokenChoice) -> TokenChoice:
         """The decision in numbers of the experts that devices compute: this one's copy where there is one."""
         if not self.expert_H.size:
             return decision
-        expert_GSK, first = decision.expert_GSK, place(sharers(self.num_experts)) * self.each + self.own
+        expert_GSK, first = decision.expert_GSK, place(self.devices) * self.each + self.own
         away_GSK = expert_GSK // self.own * self.each + expert_GSK % self.own
         is_GSKH = expert_GSK[..., None] == self.expert_H
         new_GSK = jnp.where(jnp.any(is_GSKH, axis=-1), first + jnp.argmax(is_GSKH, axis=-1), away_GSK)
@@ -80,7 +88,7 @@ class Hot:
         """This device's experts with the copies behind them: each comes from where it is, by one all-reduce."""
         if not self.expert_H.size:
             return experts
-        here_H = self.expert_H // self.own == place(sharers(self.num_experts))
+        here_H = self.expert_H // self.own == place(self.devices)
 
         def extended(leaf):
             picked = leaf[self.expert_H % self.own]
@@ -91,8 +99,12 @@ class Hot:
 
     def room(self, rows: int) -> int:
         """Rows that a device may have to compute, where each of those that share the experts has `rows`."""
-        devices, copies = sharers(self.num_experts), self.expert_H.size
-        if not copies:
-            return devices * rows
-        others = min(self.own, self.num_experts - copies)
-        return min(devices * rows, devices * rows * others // (others + copies) + rows)
+        return int(rows * worst(self.num_experts, self.devices, self.expert_H.size))
+
+
+def worst(num_experts: int, devices: int, copies: int) -> Fraction:
+    """What one device may have to compute at most, as a multiple of the assignments that each device has."""
+    if not copies:
+        return Fraction(devices)
+    others = min(num_experts // devices, num_experts - copies)
+    return min(Fraction(devices), Fraction(devices * others, others + copies) + 1)

@@ -38,9 +38,9 @@ class RaggedAllToAll(Dispatcher):
     def _chunk(self, experts, tokens, key):
         x_GSD, decision, ids_GS = tokens
         kernel, rows = self.kernel, decision.expert_GSK.size
-        hot = Hot.of(loads(decision, experts.num_experts), self.hot_copies)
+        hot = Hot.of(decision, experts.num_experts, self.hot_copies)
         experts, choice = hot.with_copies(experts), hot.renumbered(decision)
-        count_X = loads(choice, hot.each * sharers(experts.num_experts))
+        count_X = loads(choice, hot.each * hot.devices)
         routes = sorted_routes(choice, count_X, jnp.cumsum(count_X) - count_X, rows)
         traffic, room = Traffic.of(count_X), hot.room(rows)
         layout = kernel.layout(jnp.sum(traffic.arriving_NE, axis=0), room)
