@@ -10,7 +10,6 @@ for GPUs (h100:8), it estimates. --devices=N plans for N virtual CPU devices. --
 read. See docs/plans.md.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def main() -> None:
     """Prints the plan or the table of plans, and writes them where asked to."""
     import jax
 
-    from sparse_lm.config import ConfigError, to_dict
-    from sparse_lm.planning import advice, describe, sweep
+    from sparse_lm.planning import advice, describe, record, sweep
     from sparse_lm.planning.plan import plan_here, plan_topology, resolve
 
     if TOPOLOGY.value or "topology=" in (SWEEP.value or ""):
@@ -62,10 +60,7 @@ def main() -> None:
         )
         print(f"\n{found.text()}")
     if JSON.value:
-        try:
-            Path(JSON.value).write_text(json.dumps({"config": to_dict(config), **plan.to_json()}, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError("json", JSON.value, f"cannot be written ({error}); choose another file") from error
+        record.write(Path(JSON.value), record.describe(plan, config, TOPOLOGY.value))
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ class Plan:
         """Every number of the plan, ready for `json.dump`."""
         found, values = self.roofline, dataclasses.asdict(self)
         values |= {"peak": self.peak, "source": self.source, "fits": self.fits, "overhead": self.overhead}
+        values["estimated_peak"] = self.estimated_peak
         if found is not None:
             bounds = {name: getattr(found, name) for name in ("overlapped", "serial", "bound", "utilisation")}
             values["roofline"] = {**dataclasses.asdict(found), **bounds}

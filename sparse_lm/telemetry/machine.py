@@ -1,7 +1,8 @@
-"""What a number was measured on, beside the accelerator: the processor and how many of its cores there are to use."""
+"""What a number was measured on, beside the accelerator: the processor, how many of its cores, versions of packages."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -21,3 +22,11 @@ def cpu_cores() -> int:
     """The cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

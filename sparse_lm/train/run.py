@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -16,7 +15,7 @@ import jax
 from sparse_lm.config import ConfigError, dotted, from_dict, to_dict
 from sparse_lm.data.loader import Dataset
 from sparse_lm.experiment import Experiment
-from sparse_lm.telemetry.machine import cpu_cores, cpu_model
+from sparse_lm.telemetry.machine import cpu_cores, cpu_model, version
 from sparse_lm.telemetry.rundata import CONFIG_NAME
 from sparse_lm.telemetry.sinks import replace_file
 
@@ -60,7 +59,7 @@ def describe_run(experiment: Experiment, dataset: Dataset, parameters: Mapping[s
     device = jax.devices()[0]
     return {
         "config": to_dict(experiment),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git": _commit(),
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "host": {"cpu": cpu_model(), "cores": cpu_cores()},
@@ -114,13 +113,6 @@ def check_resumable(stored: RunInfo, experiment: Experiment, fingerprint: str) -
             f"the data have changed since the run in this workdir began (fingerprint {stored.fingerprint[:12]}, now "
             f"{fingerprint[:12]}; for stdlib: another Python or other packages); choose another --workdir",
         )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

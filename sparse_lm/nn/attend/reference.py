@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +41,28 @@ def reference(
     )
     query = rules.reshape(query_BLHI, (batch, length, *shape, width), letters[0])
     sums = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("BLJRI,BTJI->BJRLT", query, key_BTJI, preferred_element_type=sums) * scale
+    # Heads before tokens, so that no product has to turn an array of all queries and keys.
+    query_BJRLI, key_BJTI, value_BJTW = jnp.moveaxis(query, 1, 3), key_BTJI.swapaxes(1, 2), value_BTJW.swapaxes(1, 2)
+    product = functools.partial(jnp.einsum, preferred_element_type=sums)
+    scores = product("BJRLI,BJTI->BJRLT", query_BJRLI, key_BJTI) * scale
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     mask = sight.mask()[:, None, None]
     # A finite floor instead of -inf: the rows of padding, which may look nowhere, stay free of NaN.
     scores = jnp.where(mask, scores, jnp.finfo(sums).min)
-    if sinks_H is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks_H is not None:
         sinks = rules.reshape(sinks_H.astype(sums), shape, letters[1])[None, :, :, None, None]
-        highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
-        weights = jnp.exp(scores - highest)
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - highest))
+        highest = jnp.maximum(highest, sinks)
+    highest = jax.lax.stop_gradient(highest)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks_H is not None:
+        total = total + jnp.exp(sinks - highest)
+    # Divided by their sum once they are mixed: that is fewer numbers than there are weights.
     weights = dropout(weights, rate, dropout_key).astype(value_BTJW.dtype)
-    mixed = jnp.einsum("BJRLT,BTJW->BLJRW", weights, value_BTJW)
+    mixed_BJRLW = (product("BJRLT,BJTW->BJRLW", weights, value_BJTW) / total).astype(value_BTJW.dtype)
+    mixed = jnp.moveaxis(mixed_BJRLW, 3, 1)
     mixed_BLHW = rules.reshape(mixed, (batch, length, num_heads, value_BTJW.shape[-1]), "BLHI")
     # A query that sees nothing, such as padding, has equal weights by now.
     return jnp.where(jnp.any(mask, axis=-1)[:, 0, 0, :, None, None], mixed_BLHW, 0)
