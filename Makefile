@@ -47,7 +47,7 @@ results: $(VENV)/.installed  ## run what is missing of all toy studies (hours), 
 bench: $(VENV)/.installed  ## measure, on this machine
 	$(BIN)/python experiments/bench.py $(ARGS)
 
-plan-all: $(VENV)/.installed  ## table of all published models: parameters, and estimated bytes on their slices
+plan-all: $(VENV)/.installed-tpu-plan  ## compile what is missing of all published models for their slices (hours), print tables
 	$(BIN)/python experiments/plan_all.py $(ARGS)
 
 notebooks: $(VENV)/.installed-dev  ## sync colab/*.ipynb with the Python files beside them, then run them all
@@ -73,6 +73,11 @@ $(VENV)/.installed: setup.py pyproject.toml | $(VENV)/.created
 $(VENV)/.installed-dev: setup.py pyproject.toml | $(VENV)/.created
 	@echo "Installing sparse_lm and its development tools into $(VENV) (some minutes the first time) ..."
 	$(PIP_INSTALL) ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-tpu-plan: setup.py pyproject.toml | $(VENV)/.created
+	@echo "Installing sparse_lm and the compiler for TPUs into $(VENV) (0.7 GB more) ..."
+	$(PIP_INSTALL) ".[tpu-plan]"
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.created:

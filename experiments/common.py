@@ -30,10 +30,12 @@ def run(main: Callable[[], None]) -> None:
             jax.config.update("jax_num_cpu_devices", DEVICES.value)
         from sparse_lm.config import ConfigError
         from sparse_lm.data.documents import DataError
+        from sparse_lm.memory import keep_freed
         from sparse_lm.train.distributed import HostsError
         from sparse_lm.train.loop import TrainingError
         from sparse_lm.train.manifest import CheckpointError
 
+        keep_freed(os.environ)
         try:
             main()
         except HostsError as error:

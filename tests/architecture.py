@@ -24,7 +24,7 @@ MIN_TEST_RATIO = 0.8
 # the exceptions below.
 LATE = ("train", "finetune", "multitask", "meta", "evals", "generate")
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("config", "dims", "batch", "mesh", "products", "threefry", "sharding", "rules"),
+    ("config", "dims", "batch", "memory", "mesh", "products", "threefry", "sharding", "rules"),
     ("nn",),
     ("moe",),
     ("models",),

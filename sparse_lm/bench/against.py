@@ -36,7 +36,8 @@ DISPATCHERS = ("dropless", "gather")
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # batched_mm copies the weights of an expert for every token
 # By default torch's threads wait for each other in a loop, which on cores that others use too costs them whole time
 # slices: steps of 10 ms then took up to 4 s. Asleep they take nothing from this process either.
-WAITING = ("env", "OMP_WAIT_POLICY=PASSIVE")
+# It keeps freed memory as this process does, see `sparse_lm.memory`.
+ENVIRONMENT = ("OMP_WAIT_POLICY=PASSIVE", "MALLOC_MMAP_MAX_=0", f"MALLOC_TRIM_THRESHOLD_={2**62}", "MALLOC_ARENA_MAX=1")
 PROBES = 2  # steps, after the first, by which the fastest of them is chosen
 
 
@@ -156,7 +157,7 @@ def command_of(python: str | None, sizes: Sizes, dtype: str, implementation: str
     if python is None or not Path(python).is_file():
         raise ConfigError("python", python, "must be the python of an environment with torch and transformers")
     options = {**dataclasses.asdict(sizes), "dtype": dtype, "experts": implementation}
-    return [*WAITING, python, "-P", str(SCRIPT), *(f"--{name}={value}" for name, value in options.items())]
+    return ["env", *ENVIRONMENT, python, "-P", str(SCRIPT), *(f"--{name}={value}" for name, value in options.items())]
 
 
 def experiment_of(sizes: Sizes, dtype: str, dispatcher: str) -> Experiment:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,12 +13,24 @@ from sparse_lm.config import ConfigError, closest, python_file
 from sparse_lm.experiment import Experiment, load_experiment
 from sparse_lm.mesh import abstract_mesh
 from sparse_lm.models.counts import count
+from sparse_lm.planning import record
 from sparse_lm.planning.chips import parse_topology
-from sparse_lm.planning.plan import Plan, abstract_state, plan_topology, resolve, trace_step
-from sparse_lm.telemetry.format import markdown_table
+from sparse_lm.planning.plan import abstract_state, plan_topology, resolve, trace_step
+from sparse_lm.telemetry.format import duration, markdown_table
 
-COLUMNS = ("configuration", "total", "published", "active", "without input table", "published", "slice")
-NEEDS = ("mesh", "GB per device", "source", "fits")
+COLUMNS = ("configuration", "total", "published", "active", "without input table", "published")
+NEEDS = (
+    "configuration",
+    "slice",
+    "mesh",
+    "state GB",
+    "in use GB",
+    "estimated GB",
+    "fits",
+    "executed / model",
+    "arithmetic / memory / links",
+    "compiled in",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +57,34 @@ class Entry:
     def cells(self) -> tuple[str, ...]:
         """What stands in the `COLUMNS`."""
         total, active, without = (short(number) for number in self.counts())
-        return self.name, total, self.total or "-", active, without, self.active or "-", self.topology
+        return self.name, total, self.total or "-", active, without, self.active or "-"
 
-    def plan(self, compile_step: bool = False) -> Plan:
-        """What its training step needs on its slice: by formulas, or compiled where that is possible."""
-        return plan_topology(self.experiment, self.topology, compile_step)
+    def needs(self, found: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """What stands under `NEEDS`: of one device of its slice and one step. found: its compiled plan, see `record`.
+
+        Without a plan, or where the compiler gave up, times are estimated.
+        """
+        values = record.describe(plan_topology(self.experiment, self.topology, False), self.experiment, self.topology)
+        values = values if found is None else dict(found)
+        compiled, times = values["compiled"], values["roofline"]
+        mesh = " x ".join(f"{axis}={size}" for axis, size in values["mesh"].items() if size > 1)
+        in_use, how = "-", "estimated"
+        if found is not None:
+            given_up = "message" in compiled
+            in_use = "-" if values["source"] == "estimated" else f"{values['peak'] / 1e9:.1f}"
+            how = f"given up: {duration(compiled['seconds'])}" if given_up else duration(compiled["seconds"])
+        return (
+            self.name,
+            self.topology,
+            mesh or "1",
+            f"{(values['state']['parameters'] + values['state']['optimizer']) / 1e9:.1f}",
+            in_use,
+            f"{values['estimated_peak'] / 1e9:.1f}",
+            "yes" if values["fits"] else "no",
+            f"{values['overhead']:.2f}",
+            " / ".join(f"{times[part]:.2f}" for part in ("compute", "memory", "communication")) + " s",
+            how,
+        )
 
     def lowered(self, platform: str = "tpu") -> jax.stages.Lowered:
         """Its training step as a program for all devices of its slice, before any compiler; nothing is allocated.
@@ -82,22 +118,23 @@ def catalogue(folder: Path) -> list[Entry]:
     return found
 
 
-def to_markdown(entries: Sequence[Entry], compiled: Collection[str] = ()) -> str:
-    """The table as Markdown: counts beside the published ones, and what each slice needs.
+def chosen(entries: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
+    """The entries with these names, all where there are none. Raises `ConfigError` for a name that no entry has."""
+    known = [entry.name for entry in entries]
+    for name in names:
+        if name not in known:
+            raise ConfigError("only", name, closest(name, known))
+    return [entry for entry in entries if not names or entry.name in names]
 
-    compiled: names of entries whose steps are compiled, which takes minutes each; the others are estimated. Raises
-    `ConfigError` for a name that no entry has.
+
+def to_markdown(entries: Sequence[Entry], found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Two tables as Markdown: counts beside the published ones, and what each slice needs.
+
+    found: name -> its compiled plan; the others are estimated.
     """
-    unknown = set(compiled) - {entry.name for entry in entries}
-    if unknown:
-        raise ConfigError("compile", min(unknown), closest(min(unknown), [entry.name for entry in entries]))
-    lines = []
-    for entry in entries:
-        plan = entry.plan(entry.name in compiled)
-        mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-        needs = (mesh or "1", f"{plan.peak / 1e9:.1f}", plan.source, "yes" if plan.fits else "no")
-        lines.append((*entry.cells(), *needs))
-    return markdown_table((*COLUMNS, *NEEDS), lines) + "\n"
+    counts = markdown_table(COLUMNS, [entry.cells() for entry in entries])
+    needs = markdown_table(NEEDS, [entry.needs(found.get(entry.name)) for entry in entries])
+    return f"{counts}\n\n{needs}\n"
 
 
 def short(number: int) -> str:

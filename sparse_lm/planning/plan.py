@@ -325,9 +325,14 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh) -> CompiledS
 
 
 def needed_bytes(message: str) -> int | None:
-    """What a program needs on a device, from the message of a compiler that found it too large; None if not said."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ", message)
-    return None if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    """What a program needs on a device, from the message of a compiler that found it too large; None if not said.
+
+    Where it tells of temporaries alone, it is those.
+    """
+    for words in (r"Used ([\d.]+)([KMGT]?)i?B? of ", r"HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)"):
+        if found := re.search(words, message):
+            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return None
 
 
 def _abstract_key() -> jax.ShapeDtypeStruct:

@@ -36,11 +36,14 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, experiment: Experiment, topology: str) -> dict[str, Any] | None:
-    """The compiled plan in a file; None where there is none, or one of another experiment, slice or version."""
+    """The compiled plan in a file, also one that the compiler gave up on.
+
+    None where there is none, or one of another experiment or slice, or made by other versions.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = found.get("topology") == topology and found.get("source") == "compiled"
-    same = same and found.get("config") == json.loads(json.dumps(to_dict(experiment)))
+    wanted = {"topology": topology, "config": json.loads(json.dumps(to_dict(experiment)))}
+    same = all(found.get(name) == value for name, value in wanted.items()) and isinstance(found["compiled"], dict)
     return found if same and found["made"]["versions"] == {name: version(name) for name in MAKERS} else None

@@ -12,8 +12,8 @@ import tiny
 from sparse_lm.bench import against
 from sparse_lm.bench.against import (
     DISPATCHERS,
+    ENVIRONMENT,
     QUICK,
-    WAITING,
     OtherSideError,
     Remote,
     Sizes,
@@ -139,7 +139,7 @@ def test_our_side_is_mixtral(dtype, dispatcher):
 
 def test_the_script_takes_what_it_is_given():
     command = command_of(sys.executable, QUICK, "bfloat16", "eager")
-    assert command[: len(WAITING) + 2] == [*WAITING, sys.executable, "-P"]
+    assert command[: len(ENVIRONMENT) + 3] == ["env", *ENVIRONMENT, sys.executable, "-P"]
     given = {argument.partition("=")[0] for argument in command if argument.startswith("--")}
     assert given == {f"--{field.name}" for field in dataclasses.fields(Sizes)} | {"--dtype", "--experts"}
     # Read, not imported: there is no torch here.

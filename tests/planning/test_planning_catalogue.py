@@ -8,7 +8,8 @@ import mains
 import pytest
 
 from sparse_lm.config import ConfigError
-from sparse_lm.planning.catalogue import COLUMNS, NEEDS, Entry, catalogue, published_number, short, to_markdown
+from sparse_lm.planning import record
+from sparse_lm.planning.catalogue import COLUMNS, NEEDS, catalogue, chosen, published_number, short, to_markdown
 from sparse_lm.planning.plan import plan_topology
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,30 +90,43 @@ def test_only_a_table_that_is_not_multiplied_is_left_out(entries):
 
 def test_cells_stand_beside_what_is_published(entries):
     tied, untied = (dict(zip(COLUMNS, entry.cells(), strict=True)) for entry in entries)
-    assert tied["configuration"] == "small:tied" and tied["slice"] == "v5e:2x4"
+    assert tied["configuration"] == "small:tied"
     assert entries[0].cells()[1:3] == ("0.2635M", "1M") and entries[0].cells()[5] == "-"
     assert untied["active"] == "0.1488M" and untied["without input table"] == "0.1160M"
 
 
-def test_the_table_has_estimates_of_every_slice(entries):
-    head, rule, *rows = to_markdown(entries).splitlines()
-    assert [cell.strip() for cell in head.strip("|").split("|")] == [*COLUMNS, *NEEDS]
-    assert set(rule) == {"|", " ", "-"} and len(rows) == 2
-    assert all("| data=2 x expert=4 |" in row and row.endswith("| estimated | yes |") for row in rows)
+def needs(entry, found=None):
+    return dict(zip(NEEDS, entry.needs(found), strict=True))
 
 
-def test_only_models_that_are_named_are_compiled_and_a_wrong_name_is_told(entries, monkeypatch):
-    asked = {}
+def test_the_tables_have_every_model_and_estimates_of_every_slice(entries):
+    counts, plans = (table.splitlines() for table in to_markdown(entries, {}).strip().split("\n\n"))
+    for (head, rule, *rows), columns in ((counts, COLUMNS), (plans, NEEDS)):
+        assert [cell.strip() for cell in head.strip("|").split("|")] == list(columns)
+        assert set(rule) == {"|", " ", "-"}
+        assert [row.split("|")[1].strip() for row in rows] == ["small:tied", "small:untied"]
+    row = needs(entries[0])
+    assert (row["slice"], row["mesh"], row["in use GB"]) == ("v5e:2x4", "data=2 x expert=4", "-")
+    assert (row["fits"], row["compiled in"]) == ("yes", "estimated")
 
-    def plan(entry, compile_step):
-        asked[entry.name] = compile_step
-        return plan_topology(entry.experiment, entry.topology, compile_step=False)
 
-    monkeypatch.setattr(Entry, "plan", plan)
-    to_markdown(entries, ["small:untied"])
-    assert asked == {"small:tied": False, "small:untied": True}
-    with pytest.raises(ConfigError, match=r"compile='small:unted'.*did you mean.*small:untied"):
-        to_markdown(entries, ["small:unted"])
+def test_a_compiled_plan_stands_in_the_row(entries):
+    plan = plan_topology(entries[0].experiment, entries[0].topology, compile_step=False)
+    values = record.describe(plan, entries[0].experiment, entries[0].topology)
+    values |= {"compiled": {"seconds": 83.4}, "source": "compiled", "peak": 12_340_000_000, "fits": False}
+    row = needs(entries[0], values)
+    assert (row["in use GB"], row["fits"], row["compiled in"]) == ("12.3", "no", "1m23s")
+    assert row["estimated GB"] == f"{plan.estimated_peak / 1e9:.1f}"
+    values |= {"compiled": {"seconds": 3.0, "message": "too large", "needed": None}, "source": "estimated"}
+    row = needs(entries[0], values)
+    assert (row["in use GB"], row["fits"], row["compiled in"]) == ("-", "no", "given up: 3.0s")
+
+
+def test_models_are_chosen_by_name_and_a_wrong_one_is_told(entries):
+    assert chosen(entries, []) == entries
+    assert chosen(entries, ["small:untied"]) == entries[1:]
+    with pytest.raises(ConfigError, match=r"only='small:unted'.*did you mean.*small:untied"):
+        chosen(entries, ["small:unted"])
 
 
 def test_a_step_is_lowered_for_all_devices_without_any(entries):
@@ -128,16 +142,19 @@ def test_a_folder_without_published_models_is_refused(tmp_path):
         catalogue(tmp_path)
 
 
-def test_the_main_prints_the_table_and_names_a_wrong_folder(entries, tmp_path):
+def test_the_main_prints_the_tables_and_names_a_wrong_folder(entries, tmp_path):
     folder = write(tmp_path / "one", '{"tied": ("1M", "", "v5e:2x4")}')
-    status, out, err = mains.call("plan_all", f"--folder={folder}")
-    assert (status, out, err) == (0, to_markdown(entries[:1]), "")
-    status, _, err = mains.call("plan_all", f"--folder={tmp_path / 'none'}")
+    arguments = "--nocompile", f"--out={tmp_path / 'out'}"
+    status, out, err = mains.call("plan_all", f"--folder={folder}", *arguments)
+    assert (status, out, err) == (0, to_markdown(entries[:1], {}), "")
+    status, _, err = mains.call("plan_all", f"--folder={tmp_path / 'none'}", *arguments)
     assert status == 2 and "has no configurations" in err and "Traceback" not in err
 
 
 def test_the_documented_table_is_todays():
-    """All but the estimated bytes and whether they fit."""
+    """Of the counts; what was compiled is of its day."""
     text = (ROOT / "docs" / "plans.md").read_text()
     for entry in catalogue(ROOT / "configs" / "paper"):
-        assert f"| {' | '.join(entry.cells())} | " in text, f"{entry.name}: run `make plan-all` and put the table there"
+        assert f"| {' | '.join(entry.cells())} |\n" in text, (
+            f"{entry.name}: run `make plan-all` and put the table there"
+        )

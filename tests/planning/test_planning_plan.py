@@ -246,6 +246,11 @@ def test_a_mesh_that_does_not_fit_is_refused():
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", int(20.5 * 2**30)),
         ("RESOURCE_EXHAUSTED: ... Used 512.0K of 16.0K smem", 512 * 1024),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (21.21G) "
+            "exceeds available HBM (15.75G).",
+            int(21.21 * 2**30),
+        ),
         ("RESOURCE_EXHAUSTED: something else", None),
     ],
 )
