@@ -22,6 +22,7 @@ from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
 from sparse_lm.planning.hlo import Instruction, parse
+from sparse_lm.planning.work import work
 from sparse_lm.sharding import DEFAULT, abstract_sharded
 
 ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}  # as docs/performance.md says, there in LIBTPU_INIT_ARGS
@@ -40,6 +41,9 @@ class Sizes:
     hidden: int = 128
     slots: int = 80
     copies: int = 0
+
+
+ON_TPU = Sizes(width=512, hidden=1024, slots=128)  # on 4 devices
 
 
 def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jnp.float32, chunks=1, options=None):
@@ -105,13 +109,13 @@ def behind_products(program) -> int:
 
 def main() -> None:
     """For each `dispatcher/kernel/chunks` in the arguments, forward and with gradients: collectives, those of them that
-    are under way during a product, and kernels.
+    are under way during a product, kernels, and FLOPs of a device.
     """
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
     mesh = make_mesh({"data": 2, "expert": 2}, devices)
-    sizes, answer = Sizes(width=512, hidden=1024, slots=128), {}
+    sizes, answer = ON_TPU, {}
     for case in sys.argv[1:]:
         name, grouped, chunks = case.split("/")
         for gradients in (False, True):
@@ -124,6 +128,7 @@ def main() -> None:
                 **kinds,
                 "behind_products": behind_products(program),
                 "kernels": len(kernels),
+                "flops": work(parse(program.as_text())).flops,
             }
     print(json.dumps(answer))
 

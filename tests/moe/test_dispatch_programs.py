@@ -136,7 +136,7 @@ def test_memory_follows_the_formula_at_other_sizes(name, sizes):
 @pytest.fixture(scope="module")
 def on_tpu():
     """What the compiler for TPUs makes of two dispatchers, by kernel."""
-    cases = ["dropless/auto/1", "dropless/megablox/1", "ragged_all_to_all/auto/1", "all_to_all/auto/2"]
+    cases = ["dropless/auto/1", "dropless/ragged_dot/1", "ragged_all_to_all/auto/1", "all_to_all/auto/2"]
     surroundings = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     surroundings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, str(pathlib.Path(dispatch_programs.__file__)), *cases]
@@ -156,10 +156,20 @@ def test_a_tpu_exchanges_ragged_rows_and_multiplies_them_by_kernels(on_tpu):
 
 @pytest.mark.slow
 def test_both_kernels_compile_for_a_tpu(on_tpu):
-    for kernel in ("auto", "megablox"):
+    for kernel in ("auto", "ragged_dot"):
         forward, gradients = (on_tpu[f"dropless/{kernel}/1/{part}"] for part in ("forward", "gradients"))
         assert forward["kernels"] >= 3 and gradients["kernels"] > forward["kernels"]
         assert "all-to-all" not in gradients and gradients["reduce-scatter"] == 3
+
+
+@pytest.mark.slow
+def test_a_tpu_multiplies_each_row_once_but_for_a_gradient_of_ragged_dot(on_tpu):
+    sizes = dispatch_programs.ON_TPU
+    product = 2 * sizes.groups * sizes.size * sizes.top_k // 4 * sizes.width * sizes.hidden
+    assert on_tpu["dropless/auto/1/forward"]["flops"] == 3 * product
+    assert 8 * product <= on_tpu["dropless/auto/1/gradients"]["flops"] <= 9 * product
+    # The gradients of three matrices: the rows of all experts for each of them.
+    assert on_tpu["dropless/ragged_dot/1/gradients"]["flops"] >= 3 * sizes.experts * product
 
 
 @pytest.mark.slow

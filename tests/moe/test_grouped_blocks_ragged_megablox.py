@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sparse_lm.config import ConfigError
 from sparse_lm.moe.grouped import KERNELS, Layout, grouped_product, kernel_of
 from sparse_lm.moe.grouped.blocks import Blocks, block_size
-from sparse_lm.moe.grouped.megablox import ROWS, Megablox
+from sparse_lm.moe.grouped.megablox import Megablox, tile_rows, tile_width
 from sparse_lm.moe.grouped.ragged import RaggedDot, Tokamax
 
 D, F = 5, 3
@@ -106,9 +106,34 @@ def test_blocks_shrink_where_they_would_be_half_empty(rows, experts, size):
     assert block_size(rows, experts) == size
 
 
-@pytest.mark.parametrize(("rows", "total"), [(1, ROWS), (ROWS, ROWS), (ROWS + 1, 2 * ROWS)])
-def test_megablox_has_whole_tiles_of_rows(rows, total):
-    assert Megablox().layout(jnp.asarray([rows, 0]), rows).rows == total
+@pytest.mark.parametrize(
+    ("rows", "experts", "tile"), [(1, 2, 128), (2047, 2, 128), (2048, 2, 256), (8192, 2, 512), (57_344, 63, 128)]
+)
+def test_megablox_has_whole_tiles_of_rows_that_few_experts_share(rows, experts, tile):
+    assert tile_rows(rows, experts) == tile
+    total = Megablox().layout(jnp.asarray([rows, *[0] * (experts - 1)]), rows).rows
+    assert total == -(-rows // tile) * tile
+
+
+@pytest.mark.parametrize(
+    ("width", "tile"), [(64, 64), (854, 854), (1024, 1024), (1408, 768), (2048, 1024), (1280, 640)]
+)
+def test_megablox_fills_up_a_width_with_few_columns(width, tile):
+    assert tile_width(width) == tile
+
+
+@pytest.mark.parametrize("counts", [(300, 0, 1500, 248), (0, 2048, 0, 0)])
+def test_megablox_with_larger_tiles_is_the_same(counts):
+    counts_E, rows, shape = jnp.asarray(counts, jnp.int32), sum(counts), (len(counts), 24, 1100)
+    w = jax.random.normal(jax.random.key(0), shape)
+    x, dy = (jax.random.normal(jax.random.key(i), (rows, width)) for i, width in ((1, 24), (2, 1100)))
+    kernel, plain = HERE["megablox"], HERE["ragged_dot"]
+    layout = kernel.layout(counts_E, rows)
+    assert tile_rows(rows, len(counts)) == 128 and layout.rows == 2048  # tiles of 512 divide it
+    found = with_gradients(kernel, x, w, dy, layout)
+    wanted = with_gradients(plain, x, w, dy, plain.layout(counts_E, rows))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -126,7 +151,8 @@ def test_bfloat16_accumulates_in_float32(name):
 
 def test_auto_is_a_kernel_that_the_platform_has():
     assert kernel_of("auto", "cpu") is KERNELS["blocks"]
-    assert kernel_of("auto", "gpu") is kernel_of("auto", "tpu") is KERNELS["ragged_dot"]
+    assert kernel_of("auto", "gpu") is KERNELS["ragged_dot"]
+    assert kernel_of("auto", "tpu") is KERNELS["megablox"]
     assert [kernel_of(name, "tpu") for name in ("blocks", "ragged_dot", "megablox")] == [
         Blocks(),
         RaggedDot(),

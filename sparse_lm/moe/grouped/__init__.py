@@ -23,14 +23,16 @@ KERNELS: dict[str, Kernel] = {
     "megablox": Megablox(),
     "tokamax": Tokamax(),
 }
+# XLA for TPU computes a gradient of `ragged_dot` for all rows and every expert: E times the work (docs/design.md).
+AUTO = {"cpu": "blocks", "gpu": "ragged_dot", "tpu": "megablox"}
 
 
 def kernel_of(name: Grouped, platform: str) -> Kernel:
-    """The kernel of this name; `auto` is `blocks` on CPU and `ragged_dot` on GPU and TPU.
+    """The kernel of this name; `auto` is `blocks` on CPU, `megablox` on TPU and `ragged_dot` on GPU.
 
     platform: `cpu`, `gpu` or `tpu`. Raises `ConfigError` where the kernel cannot run on it.
     """
-    kernel = KERNELS[("blocks" if platform == "cpu" else "ragged_dot") if name == "auto" else name]
+    kernel = KERNELS[AUTO[platform] if name == "auto" else name]
     refusal = kernel.refusal(platform)
     if refusal is not None:
         raise ConfigError("model.moe.grouped", name, refusal)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from sparse_lm.moe.grouped.layout import Kernel, Layout
 
-ROWS, WIDTH = 128, 512  # of a tile; a width that is less is one tile
+ROWS = (128, 256, 512)  # of a tile
+WIDTHS = (512, 640, 768, 896, 1024)  # of a tile; a width that is less than the last is one tile
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """The most rows of a tile for which those that experts share, one for each, are about a quarter of the work."""
+    return max((size for size in ROWS if 4 * size * experts <= rows), default=ROWS[0])
+
+
+def tile_width(width: int) -> int:
+    """The tile that fills up a width with the fewest columns; the widest of several."""
+    return width if width <= WIDTHS[-1] else min(WIDTHS, key=lambda tile: (-(-width // tile) * tile, -tile))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +39,15 @@ class Megablox(Kernel):
 
     def layout(self, count_E, rows):
         """See `Kernel.layout`."""
-        return Layout.of(count_E, 1, -(-rows // ROWS) * ROWS)
+        tile = tile_rows(rows, count_E.shape[0])
+        return Layout.of(count_E, 1, -(-rows // tile) * tile)
 
     def times(self, x_RA, w_EXY, layout, transpose):
         """See `Kernel.times`."""
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         inner, width = w_EXY.shape[:0:-1] if transpose else w_EXY.shape[1:]
-        tiling = (ROWS, min(inner, WIDTH), min(width, WIDTH))
+        tiling = self._tiling(layout, inner, width)
         options = {"tiling": tiling, "transpose_rhs": transpose, "interpret": self.interpret}
         return layout.guarded(gmm(x_RA, w_EXY, layout.number_E, x_RA.dtype, **options))
 
@@ -42,6 +55,9 @@ class Megablox(Kernel):
         """See `Kernel.outer`."""
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiling = (ROWS, min(x_RD.shape[1], WIDTH), min(dy_RF.shape[1], WIDTH))
+        tiling = self._tiling(layout, x_RD.shape[1], dy_RF.shape[1])
         x_DR = jnp.swapaxes(x_RD, 0, 1)
         return tgmm(x_DR, dy_RF, layout.number_E, jnp.float32, tiling=tiling, interpret=self.interpret)
+
+    def _tiling(self, layout: Layout, left: int, right: int) -> tuple[int, int, int]:
+        return math.gcd(layout.total, ROWS[-1]), tile_width(left), tile_width(right)

@@ -20,7 +20,10 @@ def _numbers(contracting: tuple[int, int], grouped: bool) -> jax.lax.RaggedDotDi
 
 @dataclasses.dataclass(frozen=True)
 class RaggedDot(Kernel):
-    """A kernel of the compiler's on TPU. On CPU every row meets every matrix: E times the work, for tests only."""
+    """A kernel of the compiler's on TPU, but for `outer`, where every row meets every expert: E times the work.
+
+    On CPU all of it is so, for tests only.
+    """
 
     def layout(self, count_E, rows):
         """See `Kernel.layout`."""
