@@ -1,4 +1,4 @@
-"""Products of bfloat16 arrays on CPU: sums in float32, rounded once, forward and backward, on a mesh and inside one."""
+"""Products on CPU: sums in float32, rounded once, forward and backward, on a mesh and inside one."""
 
 from __future__ import annotations
 
@@ -81,8 +81,40 @@ def test_inside_a_shard_map(mesh_of):
     np.testing.assert_allclose(np.asarray(got[2], np.float64), expected[2], rtol=2**-6, atol=0.05)
 
 
-def test_other_types_are_left_alone():
+@pytest.mark.parametrize("subscripts", CASES)
+def test_float32_is_what_it_was(subscripts):
+    given = operands(subscripts, jnp.float32)
+    for one, other in zip(both_ways(subscripts)(*given), exact(subscripts, *given), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("subscripts", ["BLD,DF->BLF", "BLF,FD->BLD", "BLD,FD->BLF", "ERD,EDF->ERF", "ERF,EFD->ERD"])
+def test_sums_over_rows_turn_the_smaller_operand_round(subscripts, dtype):
+    """D is wider than F, whichever is the result's: the products that sum over rows begin with F."""
+    given = operands(subscripts, dtype)
+    gradient = jax.make_jaxpr(lambda x, w, dy: jax.vjp(lambda w: einsum(subscripts, x, w), w)[1](dy))(*given)
+    (product,) = [one for one in gradient.eqns if one.primitive.name == "dot_general"][1:]
+    first, second = (variable.aval.shape for variable in product.invars)
+    assert (first[-1], second[-1]) == (SIZES["F"], SIZES["D"])
+    (left, right), _ = product.params["dimension_numbers"]
+    rows = {"B": (0, 1), "E": (1,)}[subscripts[0]]
+    assert tuple(left) == tuple(right) == rows
+
+
+def test_a_gradient_has_a_gradient():
     x, w, dy = operands("BLD,DF->BLF", jnp.float32)
+
+    def steepness(function):
+        return jax.grad(lambda w: jnp.sum(jax.grad(lambda w: jnp.sum(jnp.sin(function(x, w)) * dy))(w) ** 2))(w)
+
+    got, plain = (steepness(lambda x, w, f=f: f("BLD,DF->BLF", x, w)) for f in (einsum, jnp.einsum))
+    np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-2)
+
+
+def test_other_types_are_left_alone():
+    x, w, dy = operands("BLD,DF->BLF", jnp.float16)
     got, plain = both_ways("BLD,DF->BLF")(x, w, dy), both_ways("BLD,DF->BLF", jnp.einsum)(x, w, dy)
     assert all(np.array_equal(one, other) for one, other in zip(got, plain, strict=True))
     assert einsum("BLD,DF->BLF", *operands("BLD,DF->BLF")[:2], dtype=jnp.float32).dtype == jnp.float32
