@@ -17,7 +17,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from sparse_lm.mesh import explicit_mesh, platform, varying
 
@@ -27,10 +26,11 @@ _DTYPES = ({"bfloat16"}, {"float32"})
 def einsum(subscripts: str, *operands: jax.Array, out_sharding=None, dtype=None) -> jax.Array:
     """`jnp.einsum` in the form that the platform computes best. dtype: of sums and result; None is the operands'.
 
-    On a CPU it has no forward-mode derivative (`jax.jvp`) unless a dtype is given.
+    On a CPU it has no forward-mode derivative (`jax.jvp`).
     """
     names = {x.dtype.name for x in operands}
-    if dtype is None and len(operands) == 2 and names in _DTYPES and platform() == "cpu":
+    own = dtype is None or {jnp.dtype(dtype).name} == names
+    if own and len(operands) == 2 and names in _DTYPES and platform() == "cpu":
         x, w = operands if explicit_mesh() else map(varying, operands)
         return cpu_einsum(subscripts, x, w, out_sharding)
     return jnp.einsum(subscripts, *operands, out_sharding=out_sharding, preferred_element_type=dtype)
@@ -67,14 +67,14 @@ def _backward(subscripts, out_sharding, saved, dy):
     return gradient((result, right, left), dy, w, x), gradient((left, result, right), x, dy, w)
 
 
-def _in_order(subscripts: str, one: jax.Array, other: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+def _in_order(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Array:
     """`jnp.einsum`, which would exchange its operands where that saves turning the result round."""
     inputs, result = subscripts.split("->")
     first, second = inputs.split(",")
     shared = [letter for letter in first if letter in second]
     natural = [letter for letter in dict.fromkeys([*shared, *first, *second]) if letter in result]
     if spec is not None:
-        spec = PartitionSpec(*(spec[result.index(letter)] for letter in natural))
+        spec = type(spec)(*(spec[result.index(letter)] for letter in natural))
     product = jnp.einsum(
         f"{inputs}->{''.join(natural)}", one, other, out_sharding=spec, preferred_element_type=jnp.float32
     )

@@ -180,6 +180,7 @@ def experiment_of(sizes: Sizes, dtype: str, dispatcher: str) -> Experiment:
         d_ff=sizes.d_expert,
         tie_embeddings=False,
         dtype=dtype,  # type: ignore[arg-type]
+        scan_layers=False,  # as on the other side; a loop stacks what it keeps, which takes time on a CPU
         moe=moe,
     )
     return Experiment(
