@@ -1,6 +1,6 @@
 """Qwen1.5-MoE-A2.7B (Qwen team 2024; model card, no paper): 14.3B parameters, 2.7B active; a gated shared expert.
 
-python experiments/plan.py --config=configs/paper/qwen1_5_moe.py --topology=v5e:8x8
+python experiments/plan.py --config=configs/paper/qwen1_5_moe.py --topology=v5p:4x4x4
 The training is not published; optimizer and balance are ours. Its upcycled start is not there.
 """
 
@@ -15,7 +15,7 @@ from sparse_lm.nn.config import HeadsConfig
 from sparse_lm.optim.config import OptimConfig
 from sparse_lm.train.config import MeshConfig, TrainConfig
 
-PUBLISHED = {"": ("14.3B", "2.7B", "v5e:8x8")}  # total, active, slice
+PUBLISHED = {"": ("14.3B", "2.7B", "v5p:4x4x4")}  # total, active, slice
 
 
 def get_config() -> ConfigDict:
@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
     model = model.replace(rope_base=1e6, tie_embeddings=False, dtype="bfloat16", remat="full")
     model = model.replace(heads=HeadsConfig(qkv_bias=True), moe__balance=BalanceConfig(load=0.001))
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=250_000, batch_size=1024, accumulate=16, sample_tokens=0)
+    train = TrainConfig(steps=250_000, batch_size=1024, accumulate=8, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

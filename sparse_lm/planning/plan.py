@@ -305,6 +305,12 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh) -> CompiledS
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        if "limited ICI routing" in str(error):
+            raise ConfigError(
+                "model.moe.dispatcher",
+                "ragged_all_to_all",
+                "the links of such a slice have no ragged all-to-all; use all_to_all, or another slice",
+            ) from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return OutOfMemory(time.perf_counter() - start, needed_bytes(str(error)), str(error))

@@ -23,6 +23,7 @@ from sparse_lm.models.counts import count, dense_twin
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.describe import binary, describe
 from sparse_lm.planning.plan import (
+    OutOfMemory,
     abstract_state,
     device_bytes,
     make_plan,
@@ -239,6 +240,34 @@ def test_a_mesh_that_does_not_fit_is_refused():
     config = experiment(mesh__expert=4)
     with pytest.raises(ConfigError, match="mesh"):
         make_plan(config.replace(mesh__data=1), make_mesh({}, jax.devices()[:1]), compile_step=False)
+
+
+class Refusing:
+    """A traced step whose compiler has only this to say."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_compiler_that_gives_up_is_understood_or_heard(monkeypatch):
+    def answer(message):
+        monkeypatch.setattr("sparse_lm.planning.plan.trace_step", lambda *_: Refusing(message))
+        return make_plan(experiment(), make_mesh({}, jax.devices()[:1]))
+
+    large = answer("RESOURCE_EXHAUSTED: Used 2.0G of 1.0G hbm")
+    assert isinstance(large.compiled, OutOfMemory) and large.peak == 2 * 2**30 and large.fits is False
+    with pytest.raises(
+        ConfigError, match=r"model.moe.dispatcher='ragged_all_to_all'.*use all_to_all, or another slice"
+    ):
+        answer("INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing settings")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        answer("INTERNAL: something else")
 
 
 @pytest.mark.parametrize(
