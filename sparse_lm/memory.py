@@ -1,8 +1,8 @@
 """Freed memory that stays with the process: a training step on CPU asks for the same arrays again, step after step.
 
 The GNU C library gives large arrays back to the system when they are freed, and the system clears every page anew when
-it hands them out. Here that is a fifth of the processor time of a step, and more than half of one with many experts
-(docs/performance.md).
+it hands them out. Here that is a fifth of the processor time of a step, and nearly half of the time of a layer with 64
+experts (LOG.md, 2026-11-29).
 """
 
 from __future__ import annotations
