@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
-from sparse_lm.telemetry.machine import cpu_cores, cpu_model
+from sparse_lm.telemetry.machine import cpu_cores, cpu_model, version
 
 
 def test_the_cpu_is_read_where_it_stands(tmp_path):
@@ -24,3 +25,8 @@ def test_cores_are_those_of_this_process(monkeypatch):
     assert cpu_cores() == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cpu_cores() == 1
+
+
+def test_a_version_is_that_of_an_installed_package():
+    assert version("jax") == importlib.metadata.version("jax")
+    assert version("no-such-package-anywhere") is None
