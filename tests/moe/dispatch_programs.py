@@ -14,11 +14,12 @@ import sys
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from sparse_lm.mesh import make_mesh
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.experts import Experts
+from sparse_lm.moe.grouped import grouped_product, kernel_of
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
 from sparse_lm.planning.hlo import Instruction, parse
@@ -107,9 +108,28 @@ def behind_products(program) -> int:
     return sum(any(map(has_product, body[place[one.operands[0]] : place[one.name]])) for one in ends)
 
 
+def _refusal(left: str, right: str, dtype: str, device) -> str | None:
+    """Of the compiler for a device: why it does not take the product of 8,192 rows with 2 matrices."""
+    kernel, rows = kernel_of("auto", "tpu"), 8192
+
+    def gradients(x_RA, w_EAB, count_E):
+        layout = kernel.layout(count_E, rows)
+        return jax.grad(lambda x, w: jnp.sum(grouped_product(x, w, layout, kernel) ** 2), (0, 1))(x_RA, w_EAB)
+
+    where = SingleDeviceSharding(device)
+    shapes = ((rows, int(left)), dtype), ((2, int(left), int(right)), dtype), ((2,), "int32")
+    arguments = (jax.ShapeDtypeStruct(shape, kind, sharding=where) for shape, kind in shapes)
+    try:
+        jax.jit(gradients).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as refused:
+        return str(refused)
+    return None
+
+
 def main() -> None:
     """For each `dispatcher/kernel/chunks` in the arguments, forward and with gradients: collectives, those of them that
-    are under way during a product, kernels, and FLOPs of a device.
+    are under way during a product, kernels, and FLOPs of a device. For each `width x width of type`, whether the
+    grouped product of the platform, with both gradients, is compiled for one device: None, or the refusal.
     """
     from jax.experimental import topologies
 
@@ -117,6 +137,9 @@ def main() -> None:
     mesh = make_mesh({"data": 2, "expert": 2}, devices)
     sizes, answer = ON_TPU, {}
     for case in sys.argv[1:]:
+        if " x " in case:
+            answer[case] = _refusal(*case.replace(" of ", " x ").split(" x "), device=devices[0])
+            continue
         name, grouped, chunks = case.split("/")
         for gradients in (False, True):
             program = compiled(name, sizes, mesh, grouped, gradients, jnp.bfloat16, int(chunks), ASYNC)

@@ -133,10 +133,14 @@ def test_memory_follows_the_formula_at_other_sizes(name, sizes):
     close(name, True, sizes)
 
 
+# The widest tiles there are (6144, 16384: Mixtral 8x22B), narrow ones that none fills (2880: gpt-oss), and one tile.
+PRODUCTS = [f"{x} x {y} of {t}" for x, y in ((6144, 16_384), (2880, 2880), (512, 854)) for t in ("bfloat16", "float32")]
+
+
 @pytest.fixture(scope="module")
 def on_tpu():
-    """What the compiler for TPUs makes of two dispatchers, by kernel."""
-    cases = ["dropless/auto/1", "dropless/ragged_dot/1", "ragged_all_to_all/auto/1", "all_to_all/auto/2"]
+    """What the compiler for TPUs makes of two dispatchers, by kernel, and of single products."""
+    cases = ["dropless/auto/1", "dropless/ragged_dot/1", "ragged_all_to_all/auto/1", "all_to_all/auto/2", *PRODUCTS]
     surroundings = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     surroundings |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, str(pathlib.Path(dispatch_programs.__file__)), *cases]
@@ -170,6 +174,12 @@ def test_a_tpu_multiplies_each_row_once_but_for_a_gradient_of_ragged_dot(on_tpu)
     assert 8 * product <= on_tpu["dropless/auto/1/gradients"]["flops"] <= 9 * product
     # The gradients of three matrices: the rows of all experts for each of them.
     assert on_tpu["dropless/ragged_dot/1/gradients"]["flops"] >= 3 * sizes.experts * product
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_tiles_have_room_on_a_tpu(on_tpu, product):
+    assert on_tpu[product] is None
 
 
 @pytest.mark.slow

@@ -61,23 +61,22 @@ class Blocks(Kernel):
         start = varying(_bits(jnp.broadcast_to(nothing, (x_RA.shape[0], width))))
         return _values(jax.lax.fori_loop(0, w_EXY.shape[0], of_expert, start), dtype)
 
-    def outer(self, x_RD, dy_RF, layout):
+    def outer(self, x_RD, dy_RF, layout, dtype):
         """See `Kernel.outer`."""
-        experts, dtype = layout.first_E.shape[0], x_RD.dtype
-        bits = _bits(x_RD), _bits(dy_RF)
+        experts, bits = layout.first_E.shape[0], (_bits(x_RD), _bits(dy_RF))
 
         def of_expert(expert, dw):
             def of_rows(start, size, total):
                 slices = (jax.lax.dynamic_slice_in_dim(one, start, size) for one in bits)
                 # CPUs sum over rows of bfloat16 slowly, see `sparse_lm.products`.
-                x, dy = (_values(one, dtype).astype(jnp.float32) for one in slices)
+                x, dy = (_values(one, x_RD.dtype).astype(jnp.float32) for one in slices)
                 return total + jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
             total = _over_rows(of_rows, expert, layout, varying(jnp.zeros(dw.shape[1:], jnp.float32)))
             return jax.lax.dynamic_update_index_in_dim(dw, total, expert, 0)
 
         start = varying(jnp.zeros((experts, x_RD.shape[1], dy_RF.shape[1]), jnp.float32))
-        return jax.lax.fori_loop(0, experts, of_expert, start)
+        return jax.lax.fori_loop(0, experts, of_expert, start).astype(dtype)
 
 
 def _over_rows(of_rows: Callable[[jax.Array, int, Any], Any], expert: jax.Array, layout: Layout, carry: Any) -> Any:

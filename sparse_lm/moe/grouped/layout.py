@@ -102,8 +102,11 @@ class Kernel(abc.ABC):
         """
 
     @abc.abstractmethod
-    def outer(self, x_RD: jax.Array, dy_RF: jax.Array, layout: Layout) -> jax.Array:
-        """The gradient of the matrices [E, D, F], float32: for each expert the sum over its rows of x^T dy."""
+    def outer(self, x_RD: jax.Array, dy_RF: jax.Array, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+        """The gradient of the matrices [E, D, F]: for each expert the sum over its rows of x^T dy.
+
+        Summed in float32. dtype: of the result.
+        """
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -125,7 +128,7 @@ def _forward(x_RD, w_EDF, layout, kernel):
 def _backward(kernel, saved, dy_RF):
     x_RD, w_EDF, layout = saved
     dx_RD = kernel.times(dy_RF, w_EDF, layout, transpose=True)
-    return dx_RD, kernel.outer(x_RD, dy_RF, layout).astype(w_EDF.dtype), None
+    return dx_RD, kernel.outer(x_RD, dy_RF, layout, w_EDF.dtype), None
 
 
 grouped_product.defvjp(_forward, _backward)

@@ -34,9 +34,9 @@ class RaggedDot(Kernel):
         numbers = _numbers((1, 2 if transpose else 1), grouped=True)
         return layout.guarded(self._product(x_RA, w_EXY, layout.number_E, numbers).astype(x_RA.dtype))
 
-    def outer(self, x_RD, dy_RF, layout):
+    def outer(self, x_RD, dy_RF, layout, dtype):
         """See `Kernel.outer`."""
-        return self._product(x_RD, dy_RF, layout.number_E, _numbers((0, 0), grouped=False))
+        return self._product(x_RD, dy_RF, layout.number_E, _numbers((0, 0), grouped=False)).astype(dtype)
 
     def _product(self, x, other, count_E, numbers) -> jax.Array:
         return jax.lax.ragged_dot_general(x, other, count_E, numbers, preferred_element_type=jnp.float32)
