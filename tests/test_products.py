@@ -95,7 +95,7 @@ def test_sums_over_rows_turn_the_smaller_operand_round(subscripts, dtype):
     """D is wider than F, whichever is the result's: the products that sum over rows begin with F."""
     given = operands(subscripts, dtype)
     gradient = jax.make_jaxpr(lambda x, w, dy: jax.vjp(lambda w: einsum(subscripts, x, w), w)[1](dy))(*given)
-    (product,) = [one for one in gradient.eqns if one.primitive.name == "dot_general"][1:]
+    (product,) = [one for one in gradient.eqns if one.primitive.name == "dot_general"][2:]
     first, second = (variable.aval.shape for variable in product.invars)
     assert (first[-1], second[-1]) == (SIZES["F"], SIZES["D"])
     (left, right), _ = product.params["dimension_numbers"]
@@ -111,6 +111,21 @@ def test_a_gradient_has_a_gradient():
 
     got, plain = (steepness(lambda x, w, f=f: f("BLD,DF->BLF", x, w)) for f in (einsum, jnp.einsum))
     np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-2)
+
+
+def test_a_policy_of_checkpoint_can_keep_a_product():
+    x, w, dy = operands("BLD,DF->BLF", jnp.float32)
+
+    def products(policy):
+        def loss(x, w):
+            return jnp.sum(jnp.sin(einsum("BLD,DF->BLF", x, w)) * dy)
+
+        checkpointed = jax.checkpoint(loss, policy=policy)
+        return str(jax.make_jaxpr(jax.grad(checkpointed, (0, 1)))(x, w)).count("dot_general[")
+
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    assert products(kept) == 3  # forward, and two gradients
+    assert products(jax.checkpoint_policies.nothing_saveable) == 4
 
 
 def test_other_types_are_left_alone():

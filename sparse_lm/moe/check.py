@@ -105,7 +105,7 @@ def dispatchers(config: MoEConfig) -> tuple[str, ...]:
 
 
 def _with(config: MoEConfig, dispatcher: str) -> MoEConfig:
-    changes: dict[str, Any] = {"dispatcher": dispatcher, "exchange_chunks": 1, "hot_copies": 0}
+    changes: dict[str, Any] = {"dispatcher": dispatcher, "exchange_chunks": 1, "hot_copies": 0, "exchange_room": 2.0}
     return config.replace(**changes)
 
 

@@ -83,6 +83,8 @@ class MoEConfig(Config):
         while the experts compute another; results stay the same. 1 is all at once.
     hot_copies: of so many experts, the most loaded ones of each step, every device of mesh.expert gets a copy with
         dispatcher=ragged_all_to_all; results stay the same, see `moe.dispatch.hot`.
+    exchange_room: with dispatcher=ragged_all_to_all, rows that a device has room for, over its even share. What more
+        come take further turns; results stay the same. Enough for all at once: the size of mesh.expert.
     expert_dropout: of the experts' hidden values. init_scale: of the experts' weights, see `fan_in_normal`.
     allow_non_causal: accept routing that looks at later tokens under a causal objective.
     """
@@ -110,6 +112,7 @@ class MoEConfig(Config):
     grouped: Grouped = "auto"
     exchange_chunks: int = option(1, ge=1)
     hot_copies: int = option(0, ge=0)
+    exchange_room: float = option(2.0, gt=0)
     balance: BalanceConfig = BalanceConfig()
     expert_dropout: float = option(0.0, ge=0, lt=1)
     init_scale: float = option(1.0, gt=0)
@@ -163,13 +166,12 @@ class MoEConfig(Config):
                 self.exchange_chunks,
                 f"{self.dispatcher} exchanges nothing; use 1, or dispatcher={moving}",
             )
-        if self.hot_copies and (has_capacity or not DISPATCHERS[self.dispatcher].moves_tokens):
-            why = "has the same room for every expert" if has_capacity else "exchanges nothing"
-            raise ConfigError(
-                "hot_copies",
-                self.hot_copies,
-                f"{self.dispatcher} {why}; use 0, or dispatcher=ragged_all_to_all",
-            )
+        ragged = DISPATCHERS[self.dispatcher].moves_tokens and not has_capacity
+        for name, unused in (("hot_copies", 0), ("exchange_room", 2.0)):
+            if not ragged and getattr(self, name) != unused:
+                why = "has the same room for every expert" if has_capacity else "exchanges nothing"
+                what = f"{self.dispatcher} {why}; use {unused}, or dispatcher=ragged_all_to_all"
+                raise ConfigError(name, getattr(self, name), what)
         if self.hot_copies > self.num_experts:
             raise ConfigError("hot_copies", self.hot_copies, f"there are {self.num_experts} experts; use fewer copies")
         for name in ("capacity_factor", "capacity_factor_eval"):

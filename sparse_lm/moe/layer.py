@@ -130,7 +130,7 @@ class MoE(nnx.Module):
             # With free experts the dispatcher does not see all that is kept.
             renormalise=self._after_drop and self.free is None,
         )
-        how = config.grouped, config.exchange_chunks, config.hot_copies
+        how = config.grouped, config.exchange_chunks, config.hot_copies, config.exchange_room
         return DISPATCHERS[config.dispatcher](slots, self.rules, *how)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sparse_lm.planning.hlo import Execution, Instruction, Program
+from sparse_lm.planning.hlo import Execution, Program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _RAGGED = "ragged-all-to-all"
@@ -25,9 +25,9 @@ class Collective:
     """All collectives of one kind over the same mesh axes in one execution of the program, as one device sees them.
 
     count: executions. bytes: the sum over them of operand or result, whichever is larger (what an all-gather yields, a
-    reduce-scatter takes). exact: False when some stand in a loop whose number of iterations is not known, which then
-    counts as one, or in a branch, all of which count. axes: the mesh axes along which the devices that exchange differ;
-    () where no mesh was given.
+    reduce-scatter takes); of a ragged all-to-all the smaller, what moves at even loads. exact: False when some stand in
+    a loop whose number of iterations is not known, which then counts as one, or in a branch, all of which count. axes:
+    the mesh axes along which the devices that exchange differ; () where no mesh was given.
     """
 
     kind: str
@@ -48,7 +48,7 @@ def collectives(program: Program, mesh: Mapping[str, int] | None = None) -> tupl
     for execution in program.executions():
         instruction = execution.instruction
         kind = _kind(program, execution)
-        if kind is None or _is_later_piece(execution, pieces):
+        if kind is None or not execution.times or _is_later_piece(execution, pieces):
             continue
         axes: tuple[str, ...] = ()
         if mesh is not None:
@@ -168,12 +168,11 @@ def _moved(program: Program, execution: Execution) -> int:
     given = instruction.bytes
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         given -= taken  # the result of a started collective carries its operands along
-    return max(taken, given) if not _is_ragged(instruction) else given
-
-
-def _is_ragged(instruction: Instruction) -> bool:
-    """A ragged exchange takes its output buffer, offsets and sizes as operands too; at most its result moves."""
-    return instruction.opcode.startswith(_RAGGED)
+    if not instruction.opcode.startswith(_RAGGED):
+        return max(taken, given)
+    # One side holds what devices have at even loads, the other has room for more; other operands say what goes where.
+    first = names.get(instruction.operands[0])
+    return min(first.bytes, given) if first is not None else given
 
 
 def _numbers(text: str) -> list[int]:

@@ -124,15 +124,24 @@ class _Sizes:
 def _slots(moe: MoEConfig, devices: int) -> float:
     """Rows of experts per token: k times the capacity factor; all experts' where nothing is dropped and all have room.
 
-    Without capacity a device has room for what all devices along `expert` could send it, if tokens move; see
-    `moe.dispatch.hot` for copies of experts.
+    Without capacity, if tokens move, a device has room for `exchange_room` times its even share, or for what all
+    devices along `expert` could send it if that is less; see `moe.dispatch.hot` for copies of experts.
     """
     dispatcher = DISPATCHERS[moe.dispatcher]
     if not dispatcher.has_capacity:
-        return float(moe.top_k * (worst(moe.num_experts, devices, moe.hot_copies) if dispatcher.moves_tokens else 1))
+        most = float(worst(moe.num_experts, devices, moe.hot_copies))
+        return moe.top_k * (min(most, moe.exchange_room) if dispatcher.moves_tokens else 1.0)
     if moe.dispatcher == "dense" or moe.capacity_factor is None:
         return float(moe.num_experts)
     return min(moe.top_k * moe.capacity_factor, float(moe.num_experts))
+
+
+def filled(experiment: Experiment, mesh: Mapping[str, int]) -> float:
+    """The share of the room for rows of experts that is in use at even loads, where nothing has a capacity; else 1."""
+    moe = experiment.model.moe
+    if moe is None or DISPATCHERS[moe.dispatcher].has_capacity:
+        return 1.0
+    return moe.top_k / max(_slots(moe, mesh["expert"]), float(moe.top_k))
 
 
 def _heads(model: ModelConfig) -> float:

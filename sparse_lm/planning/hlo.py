@@ -2,7 +2,8 @@
 
 A program is a call graph of computations. What stands in a loop runs once per iteration: the compiler writes their
 number beside the loop (CPU, GPU), or it is read from the loop's condition (TPU). Where neither is known, the loop
-counts as one iteration and what is in it is marked as not exact.
+counts as one iteration and what is in it is marked as not exact. A loop over what even loads leave empty counts as
+none.
 """
 
 from __future__ import annotations
@@ -108,10 +109,14 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The computations of a program by name, and the one that it begins with."""
+    """The computations of a program by name, and the one that it begins with.
+
+    idle: a name scope whose loops do not run, None where all do.
+    """
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
+    idle: str | None = None
 
     @functools.cached_property
     def by_name(self) -> dict[str, dict[str, Instruction]]:
@@ -147,6 +152,8 @@ class Program:
         What the compiler noted; else from the bound that the condition compares a counter with, where the counter
         begins at a constant and the body adds a constant to it.
         """
+        if self.idle is not None and self.idle in loop.op_name:
+            return 0
         noted = _TRIPS.search(loop.attributes)
         if noted:
             return int(noted[1])
@@ -210,8 +217,8 @@ class Program:
         return found[0] if len(found) == 1 else None
 
 
-def parse(hlo: str) -> Program:
-    """Reads the text of a compiled program (`compiled.as_text()`).
+def parse(hlo: str, idle: str | None = None) -> Program:
+    """Reads the text of a compiled program (`compiled.as_text()`). idle: see `Program`.
 
     Raises `ValueError` when it has no entry computation.
     """
@@ -229,7 +236,7 @@ def parse(hlo: str) -> Program:
             current.append(instruction)
     if entry is None:
         raise ValueError("the text has no ENTRY computation: pass the text of a compiled program")
-    return Program({name: tuple(body) for name, body in computations.items()}, entry)
+    return Program({name: tuple(body) for name, body in computations.items()}, entry, idle)
 
 
 def array_types(text: str) -> tuple[ArrayType, ...]:

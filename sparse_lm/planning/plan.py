@@ -24,10 +24,11 @@ from sparse_lm.config import ConfigError
 from sparse_lm.experiment import Experiment, resolved
 from sparse_lm.mesh import abstract_mesh, make_mesh
 from sparse_lm.models.counts import count
+from sparse_lm.moe.dispatch.ragged_all_to_all import FURTHER
 from sparse_lm.optim.build import build_optimizer
 from sparse_lm.planning.chips import Chip, cannot_compile, chip_of, described_devices, parse_topology
 from sparse_lm.planning.collectives import Collective, collectives
-from sparse_lm.planning.estimate import Estimate, estimate
+from sparse_lm.planning.estimate import Estimate, estimate, filled
 from sparse_lm.planning.hlo import parse
 from sparse_lm.planning.roofline import Roofline, roofline
 from sparse_lm.planning.work import Buffer, Work, largest, work
@@ -311,11 +312,11 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh) -> CompiledS
                 "ragged_all_to_all",
                 "the links of such a slice have no ragged all-to-all; use all_to_all, or another slice",
             ) from error
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):  # a kernel's own room
             raise
         return OutOfMemory(time.perf_counter() - start, needed_bytes(str(error)), str(error))
     seconds = time.perf_counter() - start
-    memory, program = compiled.memory_analysis(), parse(compiled.as_text())
+    memory, program = compiled.memory_analysis(), parse(compiled.as_text(), idle=FURTHER)
     return CompiledStep(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
@@ -324,7 +325,7 @@ def _compile(experiment: Experiment, state: TrainState, mesh: Mesh) -> CompiledS
         temporaries=memory.temp_size_in_bytes,
         # That of a CPU leaves out outputs.
         assigned=memory.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else None,
-        work=work(program),
+        work=work(program, filled(experiment, mesh.shape)),
         collectives=collectives(program, dict(mesh.shape)),
         largest=largest(program, LARGEST),
     )

@@ -5,7 +5,7 @@ written at its peak; a collective along one mesh axis is a ring over that axis t
 dimension in both directions, whatever else is on them; one along several axes goes over the longest; an all-to-all over
 more devices than a torus has along a side is over a square of them, in both dimensions at once; where the axis leaves a
 domain of links (GPUs of several hosts) the network carries it. With everything overlapped the step takes the
-longest of the three, with nothing overlapped their sum.
+longest of the three, with nothing overlapped their sum. Without a capacity all devices have equal loads.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from sparse_lm.planning.hlo import ArrayType, Execution, Instruction, Program
 
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_GROUPED = re.compile(r"jit\(t?gmm\)")  # the kernels of megablox, which tell FLOPs of all rows and compute those in use
 _COST = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
 # Neither computes nor moves anything that the instructions around it do not count.
 _FREE = {
@@ -64,8 +65,11 @@ class Buffer:
     times: int
 
 
-def work(program: Program) -> Work:
-    """The work of a program; see `Work`. Raises `ValueError` for a convolution whose attributes cannot be read."""
+def work(program: Program, filled: float = 1.0) -> Work:
+    """The work of a program; see `Work`. Raises `ValueError` for a convolution whose attributes cannot be read.
+
+    filled: the share of rows that are in use in grouped products whose kernels pass over the others.
+    """
     flops, moved, unknown, exact = 0, 0, set(), True
     fused = _fused(program)
     for execution in program.executions():
@@ -74,10 +78,11 @@ def work(program: Program) -> Work:
         if instruction.opcode == "custom-call" and count is None and _is_kernel(instruction):
             target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
             unknown.add(target[1] if target else instruction.name)
-        flops += execution.times * (count or 0)
+        share = filled if _GROUPED.search(instruction.op_name) else 1.0
+        flops += int(execution.times * (count or 0) * share)
         exact = exact and (execution.exact or not count)
         if execution.computation not in fused:
-            moved += execution.times * _memory(program, execution)
+            moved += int(execution.times * _memory(program, execution) * share)
     return Work(flops, moved, tuple(sorted(unknown)), exact)
 
 

@@ -43,6 +43,7 @@ RESUMABLE = (
     "model.moe.dispatcher",
     "model.moe.exchange_chunks",
     "model.moe.hot_copies",
+    "model.moe.exchange_room",
 )
 
 

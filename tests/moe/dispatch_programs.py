@@ -32,7 +32,9 @@ MOVES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A layer: G groups of S tokens, K of E experts of width F, C slots; copies of the most loaded experts."""
+    """A layer: G groups of S tokens, K of E experts of width F, C slots; copies of the most loaded experts;
+    room over the even share.
+    """
 
     groups: int = 4
     size: int = 256
@@ -42,6 +44,7 @@ class Sizes:
     hidden: int = 128
     slots: int = 80
     copies: int = 0
+    room: float = 2.0
 
 
 ON_TPU = Sizes(width=512, hidden=1024, slots=128)  # on 4 devices
@@ -56,8 +59,10 @@ def compiled(name, sizes: Sizes, mesh, grouped="auto", gradients=False, dtype=jn
         shape = (sizes.experts, sizes.width, sizes.hidden)
         graph, state = nnx.split(jax.eval_shape(lambda: Experts(jax.random.key(0), shape, "swiglu")))
 
+        how = chunks, sizes.copies, sizes.room
+
         def output(state, x_GSD, expert_GSK, gate_GSK):
-            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped, chunks, sizes.copies)
+            dispatcher = DISPATCHERS[name](SlotRule(sizes.slots, "token"), DEFAULT, grouped, *how)
             return dispatcher(nnx.merge(graph, state), x_GSD, TokenChoice(expert_GSK, gate_GSK))[0]
 
         def loss(*arguments):

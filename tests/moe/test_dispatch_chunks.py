@@ -51,7 +51,7 @@ def test_chunks_change_neither_results_nor_gradients_nor_drops(name, mesh_of):
 
 @pytest.mark.parametrize("name", MOVING)
 def test_every_chunk_is_exchanged_by_itself(name, mesh_of):
-    sizes = dispatch_programs.Sizes(size=16, width=8, hidden=8, slots=4)
+    sizes = dispatch_programs.Sizes(size=16, width=8, hidden=8, slots=4, room=4.0)
     program = dispatch_programs.compiled(name, sizes, mesh_of(expert=4), chunks=2)
     assert sum(one.opcode == "all-to-all" for one in dispatch_programs.instructions(program)) == 2 * 2
 

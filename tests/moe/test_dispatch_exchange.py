@@ -11,6 +11,7 @@ import pytest
 
 from sparse_lm.moe.dispatch import exchange as module
 from sparse_lm.moe.dispatch.exchange import exchange, move
+from sparse_lm.moe.dispatch.traffic import Moves, Traffic
 from sparse_lm.sharding import DEFAULT
 
 N, ROWS, ROOM, WIDTH = 4, 6, 24, 3
@@ -65,7 +66,7 @@ def on_devices(mesh, function, *arrays):
 def there(x_RD, size_NN):
     """Values and gradient of an exchange of which every element counts differently."""
     weight = jnp.sin(jnp.arange(ROOM * WIDTH, dtype=jnp.float32)).reshape(ROOM, WIDTH)
-    y, pull = jax.vjp(lambda x: exchange(x, size_NN, ROOM, ROWS), x_RD)
+    y, pull = jax.vjp(lambda x: exchange(x, Moves.of(size_NN), ROOM), x_RD)
     return y, pull(jnp.zeros_like(y) + weight + jax.lax.axis_index("expert"))[0]
 
 
@@ -93,7 +94,8 @@ def test_there_and_back_is_the_identity(mesh):
     size, x = SIZES["mixed"], rows_of(1, SIZES["mixed"])
 
     def both(x_RD, size_NN):
-        return exchange(exchange(x_RD, size_NN, ROOM, ROWS), size_NN.T, ROWS, ROOM)
+        moves = Moves.of(size_NN)
+        return exchange(exchange(x_RD, moves, ROOM), moves.back, ROWS)
 
     got = on_devices(mesh, both, x, table(size))
     np.testing.assert_array_equal(got, np.where(x < 1e8, x, 0))
@@ -102,16 +104,30 @@ def test_there_and_back_is_the_identity(mesh):
 def test_numbers_move_like_rows(mesh):
     size = SIZES["mixed"]
     x = np.arange(N * ROWS, dtype=np.int32).reshape(N, ROWS, 1)
-    got = on_devices(mesh, lambda x, size_NN: move(x, size_NN, ROOM), x, table(size))
+    got = on_devices(mesh, lambda x, size_NN: move(x, Moves.of(size_NN), ROOM), x, table(size))
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, looped(x, size))
 
 
-def test_one_device_keeps_its_rows():
-    x = jnp.arange(8.0).reshape(4, 2)
-    y, pull = jax.vjp(lambda x: exchange(x, jnp.asarray([[3]]), 5, 4), x)
-    np.testing.assert_array_equal(y, [[0, 1], [2, 3], [4, 5], [0, 0], [0, 0]])
-    np.testing.assert_array_equal(pull(jnp.ones((5, 2)))[0], [[1, 1]] * 3 + [[0, 0]])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_windows_together_are_all_rows_in_turn(platform, mesh, monkeypatch):
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", as_documented)
+    size, room = SIZES["all_to_one"], 5
+    x, whole = rows_of(3, size), looped(rows_of(3, size), size)
+
+    def one(number):
+        def there_and_back(x_RD, size_NN):
+            here = jnp.zeros((N, 1), jnp.int32)  # what arrives does not matter for the exchange
+            moves = Traffic(Moves.of(size_NN), here).window(number * room, room).moves
+            y_RD = exchange(x_RD, moves, room)
+            return y_RD, exchange(y_RD, moves.back, ROWS)
+
+        return there_and_back
+
+    seen = [on_devices(mesh, one(number), x, table(size)) for number in range(5)]  # 24 rows for one device
+    np.testing.assert_array_equal(np.concatenate([there for there, _ in seen], axis=1)[:, :ROOM], whole)
+    np.testing.assert_array_equal(sum(back for _, back in seen), np.where(x < 1e8, x, 0))
 
 
 def as_documented(
@@ -160,5 +176,5 @@ def test_runs_of_devices_exchange_among_themselves(platform, mesh_of, monkeypatc
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", as_documented)
     first, second = ((rows_of(seed, SIZES[name]), SIZES[name]) for seed, name in enumerate(("mixed", "all_to_one")))
     rows, tables = np.concatenate([first[0], second[0]]), np.concatenate([table(first[1]), table(second[1])])
-    got = on_devices(mesh_of(expert=2 * N), lambda x_RD, size_NN: move(x_RD, size_NN, ROOM), rows, tables)
+    got = on_devices(mesh_of(expert=2 * N), lambda x_RD, size_NN: move(x_RD, Moves.of(size_NN), ROOM), rows, tables)
     np.testing.assert_array_equal(got, np.concatenate([looped(*first), looped(*second)]))

@@ -21,6 +21,7 @@ from dispatch_programs import Sizes
 
 from sparse_lm.mesh import make_mesh
 from sparse_lm.moe.dispatch import DISPATCHERS
+from sparse_lm.moe.dispatch.ragged_all_to_all import PART
 from sparse_lm.moe.grouped.blocks import block_size
 
 DEVICES, SIZES = 4, Sizes()
@@ -48,7 +49,10 @@ def count(name, gradients):
 @pytest.mark.parametrize("name", [name for name, cls in DISPATCHERS.items() if cls.moves_tokens])
 def test_tokens_that_move_take_two_exchanges_each_way(name, gradients):
     found = count(name, gradients)
-    assert found["all-to-all"] == (4 if gradients else 2)
+    first = 4 if gradients else 2
+    # Further windows move rows there and back, and for gradients there again, back, and both ways for them.
+    further = (2 + 3 if gradients else 2) if name == "ragged_all_to_all" else 0
+    assert found["all-to-all"] == first + further
     # Devices tell each other their counts, four bytes per expert; nothing else is gathered.
     gathered = dispatch_programs.moves(program(name, gradients)).get("all-gather", [])
     assert gathered == ([(DEVICES, SIZES.experts)] if name == "ragged_all_to_all" else [])
@@ -85,11 +89,12 @@ def expected(name, gradients, sizes=SIZES, devices=DEVICES):
     rows = sizes.experts * sizes.groups // devices * sizes.slots
     if name == "dense":
         rows = tokens * sizes.experts
-    if name in ("dropless", "ragged_all_to_all"):
-        apart = devices if name == "ragged_all_to_all" else 1
-        received, experts = tokens * sizes.top_k * apart, sizes.experts // apart
-        size = block_size(received, experts)
-        rows = (received // size + experts) * size
+    if name == "dropless":
+        rows = in_blocks(tokens * sizes.top_k, sizes.experts)
+    if name == "ragged_all_to_all":
+        sent, own = tokens * sizes.top_k, sizes.experts // devices
+        received = int(sent * min(devices, sizes.room))
+        rows = in_blocks(received, own)
     narrow, wide = rows * sizes.width, rows * sizes.hidden
     slots = tokens * sizes.experts * sizes.slots
     forward = {
@@ -110,7 +115,16 @@ def expected(name, gradients, sizes=SIZES, devices=DEVICES):
         exchanged = received * sizes.width
         forward[name] = 2 * narrow + 3 * wide + exchanged
         backward[name] = 4 * narrow + 7 * wide + exchanged + weights // devices
+        if sizes.room < devices:  # a loop over further windows
+            more = in_blocks(-(-received // PART), own)
+            forward[name] += 6 * sent * sizes.width
+            backward[name] += more * (4 * sizes.width + 7 * sizes.hidden) + 3 * sent * sizes.width + weights // devices
     return 4 * (backward if gradients else forward)[name]
+
+
+def in_blocks(rows, experts):
+    size = block_size(rows, experts)
+    return (rows // size + experts) * size
 
 
 def close(name, gradients, sizes=SIZES):
@@ -123,6 +137,12 @@ def close(name, gradients, sizes=SIZES):
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_memory_follows_the_formula(name, gradients):
     close(name, gradients)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("room", [1.0, 4.0])
+def test_memory_follows_the_room(room, gradients):
+    close("ragged_all_to_all", gradients, Sizes(room=room))
 
 
 @pytest.mark.slow

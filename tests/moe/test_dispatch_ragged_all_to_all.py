@@ -1,4 +1,4 @@
-"""Dropless expert parallelism: its table of traffic by hand, every load on a mesh, and who may not be cut."""
+"""Dropless expert parallelism: every load on a mesh, in as many windows as it takes, and who may not be cut."""
 
 from __future__ import annotations
 
@@ -9,29 +9,13 @@ import pytest
 from dispatch_cases import LOADS, D, E, G, K, S, assert_close, with_gradients
 
 from sparse_lm.moe.dispatch.dense import Dense
-from sparse_lm.moe.dispatch.ragged_all_to_all import RaggedAllToAll, Traffic
+from sparse_lm.moe.dispatch.ragged_all_to_all import RaggedAllToAll
 from sparse_lm.moe.experts import Experts
-from sparse_lm.moe.grouped import KERNELS, Layout
+from sparse_lm.moe.grouped import KERNELS
 from sparse_lm.moe.grouped.megablox import Megablox
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
 from sparse_lm.sharding import DEFAULT
-
-
-def test_received_rows_go_to_their_expert_by_sender():
-    # Two senders, two own experts: 2 and 1 rows from the first, 1 and 2 from the second.
-    traffic = Traffic(jnp.zeros((2, 2), jnp.int32), jnp.asarray([[2, 1], [1, 2]]))
-    side_by_side = Layout.of(jnp.asarray([3, 3]), size=1, total=8)
-    np.testing.assert_array_equal(traffic.rows_in(side_by_side, 8), [0, 1, 3, 2, 4, 5, 8, 8])
-    blocks = Layout.of(jnp.asarray([3, 3]), size=4, total=4)
-    np.testing.assert_array_equal(traffic.rows_in(blocks, 8), [0, 1, 4, 2, 5, 6, 16, 16])
-
-
-def test_one_device_sends_all_to_itself():
-    traffic = Traffic.of(jnp.asarray([3, 0, 4]))
-    assert traffic.devices == 1
-    np.testing.assert_array_equal(traffic.size_NN, [[7]])
-    np.testing.assert_array_equal(traffic.arriving_NE, [[3, 0, 4]])
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +31,32 @@ def test_every_load_is_served_whole_on_a_mesh(name, mesh):
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.parametrize(("room", "sizes"), [(0.4, {"data": 2, "expert": 2}), (1.0, {"expert": 4, "model": 2})])
+def test_further_windows_change_neither_results_nor_gradients(room, sizes, name, mesh_of):
+    widths = (E, D, 8)
+    windows = RaggedAllToAll(SlotRule(1), DEFAULT, exchange_room=room)
+    got = with_gradients(windows, mesh_of(**sizes), LOADS[name], sizes=widths, dropout=0.3)
+    expected = with_gradients(Dense(SlotRule(S), DEFAULT), None, LOADS[name], sizes=widths, dropout=0.3)
+    np.testing.assert_array_equal(got[1], LOADS[name] >= 0)
+    assert_close(got, expected)
+
+
+def test_further_windows_in_chunks_with_copies_and_replicas(mesh_of):
+    six = np.where(LOADS["one_device"] == 2, 5, LOADS["mixed"])
+    for sizes, copies in (((6, D, 8), 0), ((8, D, 8), 1)):
+        how = {"exchange_chunks": 2, "hot_copies": copies, "exchange_room": 0.5}
+        got = with_gradients(RaggedAllToAll(SlotRule(1), DEFAULT, **how), mesh_of(data=2, expert=4), six, sizes=sizes)
+        assert_close(got, with_gradients(Dense(SlotRule(S), DEFAULT), None, six, sizes=sizes))
+
+
+@pytest.mark.parametrize("room", [0.4, 2.0])
 @pytest.mark.parametrize("kernel", ["ragged_dot", "megablox"])
-def test_every_kernel_on_a_mesh(kernel, mesh, monkeypatch):
+def test_every_kernel_on_a_mesh(kernel, room, mesh, monkeypatch):
     monkeypatch.setitem(KERNELS, "megablox", Megablox(interpret=True))
     blocks = RaggedAllToAll(SlotRule(1), DEFAULT)
-    got = with_gradients(RaggedAllToAll(SlotRule(1), DEFAULT, kernel), mesh, LOADS["mixed"], "input")
+    windows = RaggedAllToAll(SlotRule(1), DEFAULT, kernel, exchange_room=room)
+    got = with_gradients(windows, mesh, LOADS["mixed"], "input")
     expected = with_gradients(blocks, mesh, LOADS["mixed"], "input")
     assert_close(got, expected)
 

@@ -285,10 +285,11 @@ def test_a_collective_in_pieces_counts_once():
     assert found(entry("%x = f32[8]{0} parameter(0)", *lines, before=called)) == (Collective("all-gather", 2, 128),)
 
 
-def test_a_ragged_exchange_moves_its_result_at_most():
+@pytest.mark.parametrize(("have", "room"), [(64, 16), (16, 64)])
+def test_a_ragged_exchange_moves_what_devices_have_at_even_loads(have, room):
     lines = [
-        "%x = f32[64]{0} parameter(0)",
-        "%o = f32[16]{0} parameter(1)",
-        "%y = f32[16]{0} ragged-all-to-all(%x, %o), replica_groups={{0,1}}",
+        f"%x = f32[{have}]{{0}} parameter(0)",
+        f"%o = f32[{room}]{{0}} parameter(1)",
+        f"%y = f32[{room}]{{0}} ragged-all-to-all(%x, %o), replica_groups={{{{0,1}}}}",
     ]
     assert found(entry(*lines)) == (Collective("ragged-all-to-all", 1, 64),)

@@ -9,7 +9,7 @@ import tiny
 from sparse_lm.mesh import MESH_AXES, make_mesh
 from sparse_lm.models.counts import count
 from sparse_lm.nn.config import LatentConfig
-from sparse_lm.planning.estimate import estimate
+from sparse_lm.planning.estimate import estimate, filled
 from sparse_lm.planning.plan import make_plan, resolve
 
 ONE = dict.fromkeys(MESH_AXES, 1)
@@ -63,18 +63,33 @@ def test_rotated_numbers_of_latent_attention_are_held_as_well():
 def test_without_capacity_experts_have_room_for_all_that_may_come():
     """Rows of experts per token, each of 2 x 16 + 3 x 8 numbers inside of a layer, on 4 devices."""
 
-    def inside(dispatcher, factor=None, copies=0):
+    def inside(dispatcher, factor=None, copies=0, room=2.0):
         moe = {"dispatcher": dispatcher, "capacity_factor": factor, "capacity_factor_eval": None, "every": 1}
-        moe |= {"hot_copies": copies}
+        moe |= {"hot_copies": copies, "exchange_room": room}
         found = estimated({"expert": 4}, **{f"model__moe__{key}": value for key, value in moe.items()})
         return found.activations / (2 * 2 * 16 * 4)  # layers x tokens of a device x bytes
 
     per_row, bounded = 2 * 16 + 3 * 8, inside("gather", 1.0)
     assert inside("dropless") == bounded
-    assert inside("ragged_all_to_all") - bounded == per_row * 2 * (4 - 1)
+    assert inside("ragged_all_to_all") - bounded == per_row * 2 * (2 - 1)
+    assert inside("ragged_all_to_all", room=9.0) - bounded == per_row * 2 * (4 - 1)
     # 4 experts: one per device, of which half of all rows at most come, and the device's own.
-    assert inside("ragged_all_to_all", copies=1) - bounded == per_row * 2 * (4 / 2 + 1 - 1)
+    assert inside("ragged_all_to_all", copies=1, room=9.0) - bounded == per_row * 2 * (4 / 2 + 1 - 1)
     assert inside("gather") - bounded == inside("dense") - bounded == per_row * (4 - 2)
+
+
+def test_how_much_of_the_room_is_filled_at_even_loads():
+    def share(dispatcher, **more):
+        moe = {"dispatcher": dispatcher, "capacity_factor": None, "capacity_factor_eval": None, **more}
+        changes = {f"model__moe__{key}": value for key, value in moe.items()}
+        return filled(experiment(**changes), {"expert": 4})
+
+    assert filled(experiment(), {"expert": 4}) == 1  # with a capacity all slots are multiplied
+    assert share("dropless") == 1
+    assert share("ragged_all_to_all") == 1 / 2
+    assert share("ragged_all_to_all", exchange_room=1.5) == 2 / 3
+    assert share("ragged_all_to_all", exchange_room=8.0) == 1 / 4
+    assert share("ragged_all_to_all", exchange_room=0.5) == 1
 
 
 def test_flops_are_the_models_with_what_is_computed_again():

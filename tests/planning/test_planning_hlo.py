@@ -51,6 +51,12 @@ def runs(program, opcode):
     return [(e.times, e.exact) for e in program.executions() if e.instruction.opcode == opcode]
 
 
+def test_a_loop_over_what_even_loads_leave_empty_does_not_run():
+    noted = ', metadata={op_name="jit(step)/transpose(jvp(further))/while"}'
+    assert runs(parse(text(noted=noted), idle="further"), "negate") == [(0, True)]
+    assert runs(parse(text(noted=noted)), "negate") == runs(parse(text(), idle="further"), "negate") == [(6, True)]
+
+
 @pytest.mark.parametrize(
     ("options", "times"),
     [

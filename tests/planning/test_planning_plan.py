@@ -268,6 +268,8 @@ def test_a_compiler_that_gives_up_is_understood_or_heard(monkeypatch):
         answer("INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing settings")
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         answer("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):  # a kernel's tiles, not the step
+        answer("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,18 @@ def program(*lines, before=""):
     return parse(f"HloModule jit_step\n{before}\nENTRY %main (x: f32[8,4]) -> f32[8,4] {{\n{body}\n}}\n")
 
 
+def test_a_grouped_kernel_counts_the_rows_that_are_in_use():
+    def kernel(name):
+        cost = 'backend_config={"custom_call_config": {"cost_estimate": {"flops": 1000}}}'
+        source = f'metadata={{op_name="jit(step)/shard_map/{name}/pallas_call"}}'
+        return f'%{name[4]} = f32[8,4]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call", {source}, {cost}'
+
+    found = program("%x = f32[8,4]{1,0} parameter(0)", *map(kernel, ("jit(gmm)", "jit(tgmm)", "jit(attention)")))
+    assert work(found).flops == 3000
+    assert work(found, filled=0.5).flops == 2000
+    assert work(found).memory_bytes == 3 * 2 * 128 and work(found, filled=0.5).memory_bytes == 2 * 2 * 128
+
+
 def convolution(left, right, out, attributes):
     """The FLOPs of a convolution between arrays of these shapes."""
     shapes = [",".join(map(str, shape)) for shape in (left, right, out)]

@@ -37,6 +37,7 @@ class Dispatcher(abc.ABC):
     grouped: the kernel of those that have no capacity, see `moe.grouped`.
     exchange_chunks: into how many parts those that move tokens cut an exchange, see `in_chunks`.
     hot_copies: how many of the most loaded experts every device gets a copy of, see `dispatch.hot`.
+    exchange_room: rows that a device computes at a time without a capacity, over its even share.
     """
 
     slots: SlotRule
@@ -44,6 +45,7 @@ class Dispatcher(abc.ABC):
     grouped: Grouped = "auto"
     exchange_chunks: int = 1
     hot_copies: int = 0
+    exchange_room: float = 2.0
 
     @abc.abstractmethod
     def local(

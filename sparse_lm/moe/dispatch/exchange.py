@@ -9,74 +9,67 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from sparse_lm.mesh import platform
 from sparse_lm.moe.dispatch.replicas import place, runs
+from sparse_lm.moe.dispatch.traffic import Moves
 
 
-def exchange(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int, back: int) -> jax.Array:
-    """Sends this device's rows, sorted by destination, and returns those for it, sorted by sender; zeros behind them.
+def exchange(x_RD: jax.Array, moves: Moves, rows: int) -> jax.Array:
+    """Sends this device's rows where they go, and returns `rows` rows: those for it in their places, zeros elsewhere.
 
-    size_NN: rows from each device of the run (first index) to each, the same on all of them. rows: of the result,
-    which have to be enough for all that is sent here. back: rows of x, which the gradient has again.
-    The gradient takes the way back, which is the same exchange by the transposed table.
+    The gradient takes the way back.
     """
-    result = _exchange(x_RD, size_NN, rows, back)
+    result = _exchange(x_RD, moves, rows, x_RD.shape[0])
     assert isinstance(result, jax.Array)
     return result
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _exchange(x_RD, size_NN, rows, back):
-    return move(x_RD, size_NN, rows)
+def _exchange(x_RD, moves, rows, back):
+    return move(x_RD, moves, rows)
 
 
-def _forward(x_RD, size_NN, rows, back):
-    return _exchange(x_RD, size_NN, rows, back), size_NN
+def _forward(x_RD, moves, rows, back):
+    return _exchange(x_RD, moves, rows, back), moves
 
 
-def _backward(rows, back, size_NN, dy_RD):
-    return move(dy_RD, size_NN.T, back), None
+def _backward(rows, back, moves, dy_RD):
+    return move(dy_RD, moves.back, back), None
 
 
 _exchange.defvjp(_forward, _backward)
 
 
-def move(x_RD: jax.Array, size_NN: Int[Array, "N N"], rows: int) -> jax.Array:
+def move(x_RD: jax.Array, moves: Moves, rows: int) -> jax.Array:
     """The same for any type and without a gradient."""
-    devices = size_NN.shape[0]
+    devices = moves.size_NN.shape[0]
     here, groups = place(devices), runs(devices)
-    sent_N, received_N = size_NN[here], size_NN[:, here]
-    if devices == 1:
-        return _taken(x_RD, jnp.where(jnp.arange(rows) < sent_N[0], jnp.arange(rows), x_RD.shape[0]))
+    leaving = moves.from_NN[here], moves.size_NN[here]
     if platform() == "cpu":
-        return _padded(x_RD, sent_N, received_N, rows, groups)
+        return _padded(x_RD, leaving, (moves.to_NN[:, here], moves.size_NN[:, here]), rows, groups)
     output = jnp.zeros_like(x_RD, shape=(rows, *x_RD.shape[1:]))
-    place_N = _before(size_NN)[here]
-    described = (_before(sent_N), sent_N, place_N, received_N)
+    described = (*leaving, moves.to_NN[here], moves.size_NN[:, here])
     return jax.lax.ragged_all_to_all(x_RD, output, *described, axis_name="expert", axis_index_groups=groups)
 
 
-def _padded(x_RD: jax.Array, sent_N: jax.Array, received_N: jax.Array, rows: int, groups) -> jax.Array:
+def _padded(x_RD: jax.Array, leaving, arriving, rows: int, groups) -> jax.Array:
     """The same by an ordinary all-to-all, every part of it as long as the longest could be.
 
-    XLA has no ragged one on CPU (https://github.com/jax-ml/jax/issues/34755).
+    leaving, arriving: (first row, number of rows) for each device and from each. XLA has no ragged one on CPU
+    (https://github.com/jax-ml/jax/issues/34755).
     """
     most = min(x_RD.shape[0], rows)  # one device to another: neither can have more
+    (from_N, sent_N), (to_N, received_N) = leaving, arriving
     number_NR = jnp.arange(most, dtype=jnp.int32)[None]
-    own_NR = jnp.where(number_NR < sent_N[:, None], _before(sent_N)[:, None] + number_NR, x_RD.shape[0])
+    own_NR = jnp.where(number_NR < sent_N[:, None], from_N[:, None] + number_NR, x_RD.shape[0])
     parts_NRD = jax.lax.all_to_all(_taken(x_RD, own_NR), "expert", 0, 0, axis_index_groups=groups, tiled=True)
     row_Q = jnp.arange(rows, dtype=jnp.int32)
-    sender_Q = jnp.searchsorted(jnp.cumsum(received_N), row_Q, side="right").astype(jnp.int32)
-    number_Q = row_Q - _before(received_N).at[sender_Q].get(mode="clip")
+    sender_Q = jnp.searchsorted(to_N, row_Q, side="right").astype(jnp.int32) - 1  # the last that begins there
+    number_Q = row_Q - to_N[sender_Q]
+    there_Q = (sender_Q >= 0) & (number_Q < received_N[sender_Q])
     flat = parts_NRD.reshape(-1, *x_RD.shape[1:])
-    return _taken(flat, jnp.where(row_Q < jnp.sum(received_N), sender_Q * most + number_Q, flat.shape[0]))
-
-
-def _before(size: jax.Array) -> jax.Array:
-    """Sums of what stands before along the first axis."""
-    return jnp.cumsum(size, axis=0, dtype=size.dtype) - size
+    return _taken(flat, jnp.where(there_Q, sender_Q * most + number_Q, flat.shape[0]))
 
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
