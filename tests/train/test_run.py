@@ -67,17 +67,18 @@ def test_what_changes_neither_model_nor_data_may_change(name):
     check_resumable(STORED, CONFIG.replace(**{name: ALLOWED[name]}), STORED.fingerprint)
 
 
-def test_copies_of_loaded_experts_may_change():
+@pytest.mark.parametrize("change", [{"model__moe__hot_copies": 1}, {"model__moe__exchange_room": 1.25}])
+def test_how_ragged_rows_are_exchanged_may_change(change):
     ragged = CONFIG.replace(
         model__moe__dispatcher="ragged_all_to_all",
         model__moe__capacity_factor=None,
         model__moe__capacity_factor_eval=None,
     )
-    check_resumable(RunInfo(ragged, "a" * 64), ragged.replace(model__moe__hot_copies=1), "a" * 64)
+    check_resumable(RunInfo(ragged, "a" * 64), ragged.replace(**change), "a" * 64)
 
 
 def test_every_exception_has_a_case():
-    names = [*(dotted(name) for name in ALLOWED), "model.moe.hot_copies"]
+    names = [*(dotted(name) for name in ALLOWED), "model.moe.hot_copies", "model.moe.exchange_room"]
     assert all(any(name == key or name.startswith(key + ".") for name in names) for key in RESUMABLE)
     assert all(any(name == key or name.startswith(key + ".") for key in RESUMABLE) for name in names)
 
