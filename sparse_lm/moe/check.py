@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +104,8 @@ def dispatchers(config: MoEConfig) -> tuple[str, ...]:
 
 
 def _with(config: MoEConfig, dispatcher: str) -> MoEConfig:
-    changes: dict[str, Any] = {"dispatcher": dispatcher, "exchange_chunks": 1, "hot_copies": 0, "exchange_room": 2.0}
-    return config.replace(**changes)
+    unused = {name: getattr(MoEConfig, name) for name in ("exchange_chunks", "hot_copies", "exchange_room")}
+    return config.replace(dispatcher=dispatcher, **unused)
 
 
 def _allowed(config: MoEConfig, dispatcher: str) -> bool:

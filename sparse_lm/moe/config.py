@@ -167,7 +167,8 @@ class MoEConfig(Config):
                 f"{self.dispatcher} exchanges nothing; use 1, or dispatcher={moving}",
             )
         ragged = DISPATCHERS[self.dispatcher].moves_tokens and not has_capacity
-        for name, unused in (("hot_copies", 0), ("exchange_room", 2.0)):
+        for name in ("hot_copies", "exchange_room"):
+            unused = getattr(MoEConfig, name)
             if not ragged and getattr(self, name) != unused:
                 why = "has the same room for every expert" if has_capacity else "exchanges nothing"
                 what = f"{self.dispatcher} {why}; use {unused}, or dispatcher=ragged_all_to_all"

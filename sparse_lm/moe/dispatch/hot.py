@@ -40,16 +40,9 @@ class Hot:
     def of(cls, decision: TokenChoice, num_experts: int, copies: int) -> Hot:
         """The most loaded ones; none where a device has all experts. decision: for the tokens of this device.
 
-        Raises `ConfigError` where the devices cannot share the experts out evenly: then there are replicas of all.
+        Raises what `sharing` does.
         """
-        devices = manual_axis_size("expert")
-        if copies and sharers(num_experts) < devices:
-            raise ConfigError(
-                "model.moe.hot_copies",
-                copies,
-                f"mesh.expert={devices} does not divide the {num_experts} experts, which have replicas as it is; use 0",
-            )
-        if not copies or devices == 1:
+        if sharing(num_experts, copies) == 1 or not copies:
             return cls(jnp.zeros((0,), jnp.int32), num_experts)
         count_E = jax.lax.psum(loads(decision, num_experts), "expert")
         return cls(jax.lax.top_k(count_E, copies)[1].astype(jnp.int32), num_experts)
@@ -100,6 +93,21 @@ class Hot:
     def room(self, rows: int) -> int:
         """Rows that a device may have to compute, where each of those that share the experts has `rows`."""
         return int(rows * worst(self.num_experts, self.devices, self.expert_H.size))
+
+
+def sharing(num_experts: int, copies: int) -> int:
+    """Devices that share the experts, see `dispatch.replicas`.
+
+    Raises `ConfigError` for copies where they cannot share them out evenly: then there are replicas of all.
+    """
+    devices, sharing = manual_axis_size("expert"), sharers(num_experts)
+    if copies and sharing < devices:
+        raise ConfigError(
+            "model.moe.hot_copies",
+            copies,
+            f"mesh.expert={devices} does not divide the {num_experts} experts, which have replicas as it is; use 0",
+        )
+    return sharing
 
 
 def worst(num_experts: int, devices: int, copies: int) -> Fraction:

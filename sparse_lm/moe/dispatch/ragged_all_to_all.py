@@ -17,7 +17,7 @@ from sparse_lm.moe.dispatch.base import in_chunks
 from sparse_lm.moe.dispatch.dropless import Dropless, experts_on_rows, loads, sorted_routes
 from sparse_lm.moe.dispatch.exchange import exchange, move
 from sparse_lm.moe.dispatch.gather import permuted
-from sparse_lm.moe.dispatch.hot import Hot
+from sparse_lm.moe.dispatch.hot import Hot, sharing
 from sparse_lm.moe.dispatch.traffic import Traffic, before
 from sparse_lm.moe.grouped import Kernel
 
@@ -38,7 +38,7 @@ class RaggedAllToAll(Dropless):
 
     def local(self, experts, x_GSD, decision, ids_GS, key):
         """See `Dispatcher.local`."""
-        if Hot.of(decision, experts.num_experts, self.hot_copies).devices == 1:  # this device has all experts
+        if sharing(experts.num_experts, self.hot_copies) == 1:  # this device has all experts
             return super().local(experts, x_GSD, decision, ids_GS, key)
         # Nothing is dropped, so that the tokens of a chunk know nothing of the others.
         tokens = (x_GSD, decision, ids_GS)
