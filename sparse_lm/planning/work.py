@@ -78,11 +78,11 @@ def work(program: Program, filled: float = 1.0) -> Work:
         if instruction.opcode == "custom-call" and count is None and _is_kernel(instruction):
             target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
             unknown.add(target[1] if target else instruction.name)
-        share = filled if _GROUPED.search(instruction.op_name) else 1.0
+        share = filled if instruction.opcode == "custom-call" and _GROUPED.search(instruction.op_name) else 1.0
         flops += int(execution.times * (count or 0) * share)
         exact = exact and (execution.exact or not count)
         if execution.computation not in fused:
-            moved += int(execution.times * _memory(program, execution) * share)
+            moved += int(execution.times * _memory(program, execution, share))
     return Work(flops, moved, tuple(sorted(unknown)), exact)
 
 
@@ -200,8 +200,11 @@ def _operand(program: Program, execution: Execution, place: int) -> ArrayType | 
     return found.arrays[0] if found is not None and found.arrays else None
 
 
-def _memory(program: Program, execution: Execution) -> int:
-    """Bytes that one execution of an instruction reads from and writes to main memory."""
+def _memory(program: Program, execution: Execution, rows: float) -> float:
+    """Bytes that one execution of an instruction reads from and writes to main memory.
+
+    rows: the share of matrices that it touches; in a grouped product those are the rows, and weights have three axes.
+    """
     instruction, names = execution.instruction, program.by_name[execution.computation]
     if instruction.opcode in _FREE or instruction.opcode.endswith(_LATER):
         return 0
@@ -212,14 +215,14 @@ def _memory(program: Program, execution: Execution) -> int:
         return 2 * (_main(update) if update is not None else 0)
     if instruction.opcode in _PREFETCH:
         return min((array.bytes for array in instruction.arrays if array.shape), default=0)
-    written = _main(instruction)
-    read = [_main(names[operand]) if operand in names else 0 for operand in instruction.operands]
+    written = _main(instruction, rows)
+    read = [_main(names[operand], rows) if operand in names else 0 for operand in instruction.operands]
     if instruction.opcode == "fusion":
         written, read = _sliced(program, instruction, written, read)
     return written + sum(read)
 
 
-def _sliced(program: Program, fusion: Instruction, written: int, read: list[int]) -> tuple[int, list[int]]:
+def _sliced(program: Program, fusion: Instruction, written: float, read: list[float]) -> tuple[float, list[float]]:
     """The same where a fusion takes only slices of an operand, or writes only a slice of its result in place."""
     called = next((name for name, *_ in program.calls(fusion)), "")
     body, names = program.computations.get(called, ()), program.by_name.get(called, {})
@@ -242,6 +245,6 @@ def _sliced(program: Program, fusion: Instruction, written: int, read: list[int]
     return max(0, written), read
 
 
-def _main(instruction: Instruction) -> int:
-    """Bytes of what an instruction yields that stand in main memory."""
-    return sum(array.bytes for array in instruction.arrays if array.space == 0)
+def _main(instruction: Instruction, rows: float = 1.0) -> float:
+    """Bytes of what an instruction yields that stand in main memory; of matrices, this share of their rows."""
+    return sum(array.bytes * (rows if len(array.shape) == 2 else 1) for array in instruction.arrays if array.space == 0)

@@ -23,12 +23,22 @@ def test_a_grouped_kernel_counts_the_rows_that_are_in_use():
     def kernel(name):
         cost = 'backend_config={"custom_call_config": {"cost_estimate": {"flops": 1000}}}'
         source = f'metadata={{op_name="jit(step)/shard_map/{name}/pallas_call"}}'
-        return f'%{name[4]} = f32[8,4]{{1,0}} custom-call(%x), custom_call_target="tpu_custom_call", {source}, {cost}'
+        call = 'custom-call(%x, %w), custom_call_target="tpu_custom_call"'
+        return f"%{name[4]} = f32[8,4]{{1,0}} {call}, {source}, {cost}"
 
-    found = program("%x = f32[8,4]{1,0} parameter(0)", *map(kernel, ("jit(gmm)", "jit(tgmm)", "jit(attention)")))
+    arrays = "%x = f32[8,4]{1,0} parameter(0)", "%w = f32[2,4,4]{2,1,0} parameter(1)"
+    found = program(*arrays, *map(kernel, ("jit(gmm)", "jit(tgmm)", "jit(attention)")))
     assert work(found).flops == 3000
     assert work(found, filled=0.5).flops == 2000
-    assert work(found).memory_bytes == 3 * 2 * 128 and work(found, filled=0.5).memory_bytes == 2 * 2 * 128
+    matrices, rows = 2 * 4 * 4 * 4, 2 * 8 * 4 * 4  # of one kernel: weights, and what it reads and writes of rows
+    assert work(found).memory_bytes == 3 * (matrices + rows)
+    assert work(found, filled=0.5).memory_bytes == 3 * matrices + 2 * rows
+
+
+def test_a_copy_beside_a_grouped_kernel_moves_all_rows():
+    source = 'metadata={op_name="jit(step)/jit(gmm)/transpose"}'
+    found = program("%x = f32[8,4]{1,0} parameter(0)", f"%y = f32[4,8]{{1,0}} transpose(%x), {source}")
+    assert work(found, filled=0.5).memory_bytes == work(found).memory_bytes == 2 * 8 * 4 * 4
 
 
 def convolution(left, right, out, attributes):

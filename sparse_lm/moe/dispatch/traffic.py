@@ -51,7 +51,7 @@ class Traffic:
     arriving_NE: Int[Array, "N E"]
 
     @classmethod
-    def of(cls, count_X: Int[Array, "X"]) -> Traffic:
+    def of(cls, count_X: Int[Array, "all_experts"]) -> Traffic:
         """All rows. count_X: those that this device has for each expert of each device, in turn."""
         devices = sharers(count_X.size)
         count_NX = jax.lax.all_gather(count_X, axis_name="expert", axis_index_groups=runs(devices))
