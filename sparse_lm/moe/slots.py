@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from sparse_lm.moe.grouped import before
 from sparse_lm.moe.types import TokenChoice
 
 Priority = Literal["first_choice", "token", "probability", "batch", "random"]
@@ -97,7 +98,7 @@ def place(decision: TokenChoice, num_experts: int, rule: SlotRule) -> Placement:
     else:
         order_GA = jnp.argsort(expert_GA, axis=-1, stable=True)
     count_GE = jnp.sum(expert_GA[..., None] == jnp.arange(num_experts), axis=1, dtype=jnp.int32)
-    start_GE = jnp.cumsum(count_GE, axis=-1) - count_GE
+    start_GE = before(count_GE, axis=-1)
     # The slot of an assignment is its rank in the sorted order, counted from its expert's start.
     rank_GA = jnp.argsort(order_GA, axis=-1)
     start_GA = jnp.take_along_axis(start_GE, jnp.minimum(expert_GA, num_experts - 1), axis=-1)

@@ -73,10 +73,11 @@ def advise(experiment: Experiment, plan: Plan, planner: Planner, compile_at_most
 def candidates(experiment: Experiment, mesh: dict[str, int]) -> Iterator[Changes]:
     """Changes from near to far: the same arithmetic in other portions, then more of it, then another mesh."""
     model, accumulate = experiment.model, experiment.train.accumulate
-    chunk: Changes = {}
-    if model.loss_chunk is None:
-        chunk = {"model.loss_chunk": LOSS_CHUNK}
-        yield chunk
+    small = list(_smaller_pieces(experiment))
+    yield from small
+    all_small: Changes = {key: value for changes in small for key, value in changes.items()}
+    if len(small) > 1:
+        yield all_small
     more = [{"train.accumulate": accumulate * times} for times in (2, 4, 8, 16)]
     remat: Changes = {} if model.remat == "full" else {"model.remat": "full"}
     meshes: list[Changes] = [{}]
@@ -93,8 +94,17 @@ def candidates(experiment: Experiment, mesh: dict[str, int]) -> Iterator[Changes
                 changes = {**other, **again, **portions}
                 if changes:
                     yield changes
-                    if chunk and (other or again or portions):
-                        yield {**changes, **chunk}
+                    if all_small:
+                        yield {**changes, **all_small}
+
+
+def _smaller_pieces(experiment: Experiment) -> Iterator[Changes]:
+    """Of what is done in pieces anyway, smaller ones."""
+    model, moe = experiment.model, experiment.model.moe
+    if model.loss_chunk is None:
+        yield {"model.loss_chunk": LOSS_CHUNK}
+    if moe is not None and moe.dispatcher == "ragged_all_to_all" and moe.exchange_room > 1:
+        yield {"model.moe.exchange_room": 1.0}
 
 
 def _size(plan: Plan) -> int:

@@ -60,6 +60,18 @@ def test_cheap_changes_come_before_those_that_compute_again(config, base):
     assert len({tuple(sorted(c.items())) for c in changes}) == len(changes)
 
 
+def test_less_room_for_exchanged_rows_is_advised_where_there_is_some(config, base):
+    moe = config.model.moe.replace(capacity_factor=None, capacity_factor_eval=None, dispatcher="ragged_all_to_all")
+    ragged = config.replace(model__moe=moe)
+    chunk, room = {"model.loss_chunk": LOSS_CHUNK}, {"model.moe.exchange_room": 1.0}
+    changes = list(candidates(ragged, base.mesh))
+    assert changes[:4] == [chunk, room, chunk | room, {"train.accumulate": 2}]
+    assert {"model.remat": "full"} | chunk | room in changes
+    assert len({tuple(sorted(c.items())) for c in changes}) == len(changes)
+    tight = ragged.replace(model__moe__exchange_room=1.0)
+    assert not any(room.items() <= c.items() for other in (config, tight) for c in candidates(other, base.mesh))
+
+
 def test_what_is_set_already_is_not_advised(config, base):
     done = config.replace(model__remat="full", model__loss_chunk=64)
     assert not any({"model.remat", "model.loss_chunk"} & set(c) for c in candidates(done, base.mesh))

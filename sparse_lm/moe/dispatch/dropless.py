@@ -10,7 +10,7 @@ from sparse_lm.mesh import varying
 from sparse_lm.moe.dispatch.base import Dispatcher
 from sparse_lm.moe.dispatch.gather import Routes
 from sparse_lm.moe.experts import Experts
-from sparse_lm.moe.grouped import Kernel, Layout, grouped_product
+from sparse_lm.moe.grouped import Kernel, Layout, before, grouped_product
 from sparse_lm.moe.slots import Placement
 from sparse_lm.moe.types import TokenChoice
 
@@ -44,7 +44,7 @@ def sorted_routes(decision: TokenChoice, count_E: Int[Array, "E"], first_row_E: 
     groups, size, top_k = decision.expert_GSK.shape
     tokens, num_experts = groups * size, count_E.shape[0]
     expert_A = jnp.where(decision.expert_GSK < 0, num_experts, decision.expert_GSK).reshape(-1)
-    start_E = jnp.cumsum(count_E) - count_E
+    start_E = before(count_E)
     order_A = jnp.argsort(expert_A, stable=True)
     rank_A = jnp.zeros_like(expert_A).at[order_A].set(jnp.arange(tokens * top_k, dtype=jnp.int32))
     own_A = jnp.minimum(expert_A, num_experts - 1)

@@ -18,8 +18,8 @@ from sparse_lm.moe.dispatch.dropless import Dropless, experts_on_rows, loads, so
 from sparse_lm.moe.dispatch.exchange import exchange, move
 from sparse_lm.moe.dispatch.gather import permuted
 from sparse_lm.moe.dispatch.hot import Hot, sharing
-from sparse_lm.moe.dispatch.traffic import Traffic, before
-from sparse_lm.moe.grouped import Kernel
+from sparse_lm.moe.dispatch.traffic import Traffic
+from sparse_lm.moe.grouped import Kernel, before
 
 FURTHER = "further_windows"  # the name scope of the loop over them, for whoever reads compiled programs
 PART = 4  # a further window has this part of the first one's room, so that it adds little to what is held

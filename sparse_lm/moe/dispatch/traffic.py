@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from sparse_lm.mesh import TOKEN_AXES, max_over
 from sparse_lm.moe.dispatch.replicas import place, runs, sharers
-from sparse_lm.moe.grouped import Layout
+from sparse_lm.moe.grouped import Layout, before
 
 
 @jax.tree_util.register_dataclass
@@ -83,11 +83,6 @@ class Traffic:
         part_Q = jnp.repeat(jnp.arange(count_X.size), count_X, total_repeat_length=room)
         row_Q = jnp.arange(room, dtype=jnp.int32)
         return jnp.where(row_Q < jnp.sum(count_X), place_X[part_Q] + row_Q - start_X[part_Q], layout.rows)
-
-
-def before(size: jax.Array, axis: int = 0) -> jax.Array:
-    """Sums of what stands before along an axis."""
-    return jnp.cumsum(size, axis=axis, dtype=size.dtype) - size
 
 
 def _inside(first: jax.Array, size: jax.Array, start: jax.Array | int, room: int) -> tuple[jax.Array, jax.Array]:

@@ -9,11 +9,11 @@ from typing import Literal
 
 from sparse_lm.config import ConfigError
 from sparse_lm.moe.grouped.blocks import Blocks
-from sparse_lm.moe.grouped.layout import Kernel, Layout, grouped_product
+from sparse_lm.moe.grouped.layout import Kernel, Layout, before, grouped_product
 from sparse_lm.moe.grouped.megablox import Megablox
 from sparse_lm.moe.grouped.ragged import RaggedDot, Tokamax
 
-__all__ = ["KERNELS", "Grouped", "Kernel", "Layout", "grouped_product", "kernel_of"]
+__all__ = ["KERNELS", "Grouped", "Kernel", "Layout", "before", "grouped_product", "kernel_of"]
 
 Grouped = Literal["auto", "blocks", "ragged_dot", "megablox", "tokamax"]
 

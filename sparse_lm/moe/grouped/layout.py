@@ -13,6 +13,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 
+def before(size: jax.Array, axis: int = 0) -> jax.Array:
+    """Sums of what stands before along an axis."""
+    return jnp.cumsum(size, axis=axis, dtype=size.dtype) - size
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -34,7 +39,7 @@ class Layout:
         Counts that are known at run time only cannot raise: products of what has no room are NaN, see `fits`.
         """
         number_E = jnp.where(count_E < 0, count_E, (count_E + size - 1) // size)
-        layout = cls(jnp.cumsum(number_E) - number_E, number_E, size, total)
+        layout = cls(before(number_E), number_E, size, total)
         if not isinstance(layout.fits, Tracer) and not bool(layout.fits):
             raise ValueError(
                 f"rows per expert {count_E.tolist()} do not fit in {total} blocks of {size} rows; "
