@@ -33,6 +33,6 @@ def get_config(variant: str = "16b") -> ConfigDict:
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full")
     optim = OptimConfig(learning_rate=1.08e-3 if small else 4.2e-4, warmup_steps=2000, beta2=0.95)
     train = TrainConfig(steps=25_000 if small else 106_449, batch_size=2048 if small else 4608, sample_tokens=0)
-    train = train.replace(accumulate=32 if small else 36)
+    train = train.replace(accumulate=2 if small else 9)
     data, mesh = DataConfig(length=2048 if small else 4096), MeshConfig(data=1, fsdp=-1, expert=1 if small else 4)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -34,7 +34,7 @@ def get_config(variant: str = "v2") -> ConfigDict:
     model = model.replace(heads=HeadsConfig(latent=LatentConfig(kv_rank=512, query_rank=None if lite else 1536)))
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", moe__dispatcher="ragged_all_to_all")
     optim = OptimConfig(learning_rate=4.2e-4 if lite else 2.4e-4, warmup_steps=2000, beta2=0.95)
-    rows, cuts, ways = (4608, 72, 4) if lite else (9216, 18, 8)
+    rows, cuts, ways = (4608, 8, 4) if lite else (9216, 6, 8)
     train = TrainConfig(steps=300_000, batch_size=rows, accumulate=cuts, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=ways)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

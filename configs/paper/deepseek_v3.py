@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     model = model.replace(heads=HeadsConfig(latent=LatentConfig(kv_rank=512, query_rank=1536)), moe=moe)
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full")
     optim = OptimConfig(learning_rate=2.2e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=235_000, batch_size=15_360, accumulate=15, sample_tokens=0)
+    train = TrainConfig(steps=235_000, batch_size=15_360, accumulate=5, sample_tokens=0)
     sharding = ShardingConfig(strategy="fsdp_over_ep")
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=64)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh, sharding=sharding))

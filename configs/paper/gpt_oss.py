@@ -34,6 +34,6 @@ def get_config(variant: str = "20b") -> ConfigDict:
     model = model.replace(num_kv_heads=8, d_ff=2880, activation="clamped_swiglu", rope_base=1.5e5, norm_eps=1e-5)
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", heads=heads, moe=moe)
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=500_000, batch_size=1024, accumulate=4, sample_tokens=0)
+    train = TrainConfig(steps=500_000, batch_size=1024, accumulate=1 if large else 4, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4 if variant == "20b" else 8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     model = model.replace(activation="geglu", norm_position="sandwich", norm_eps=1e-5, heads=HeadsConfig(soft_cap=30.0))
     model = model.replace(tie_embeddings=True, dtype="bfloat16", remat="full", moe=moe)
     optim = OptimConfig(learning_rate=2e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=250_000, batch_size=1024, accumulate=2, sample_tokens=0)
+    train = TrainConfig(steps=250_000, batch_size=1024, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
     model = ModelConfig(vocab_size=32_000, num_layers=24, d_model=2048, num_heads=32, num_kv_heads=16, head_dim=128)
     model = model.replace(d_ff=5632, dtype="bfloat16", remat="full", attention=Mixture(num_experts=8, top_k=2), moe=moe)
     optim = OptimConfig(learning_rate=5e-4, warmup_steps=2500, beta2=0.95)
-    train = TrainConfig(steps=312_500, batch_size=1024, accumulate=4, sample_tokens=0)
+    train = TrainConfig(steps=312_500, batch_size=1024, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

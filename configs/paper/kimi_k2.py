@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
     model = model.replace(heads=HeadsConfig(latent=LatentConfig(kv_rank=512, query_rank=1536)), moe=moe)
     model = model.replace(rope_base=5e4, tie_embeddings=False, dtype="bfloat16", remat="full")
     optim = OptimConfig(learning_rate=2e-4, warmup_steps=500, beta2=0.95)
-    train = TrainConfig(steps=230_000, batch_size=16_384, accumulate=8, sample_tokens=0)
+    train = TrainConfig(steps=230_000, batch_size=16_384, accumulate=2, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=16)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -32,6 +32,6 @@ def get_config(variant: str = "scout") -> ConfigDict:
     model = model.replace(rope_base=5e5, norm_eps=1e-5, heads=heads.replace(qk_norm="l2" if scout else "none"))
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", moe=moe)
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=500_000, batch_size=1024, accumulate=2, sample_tokens=0)
+    train = TrainConfig(steps=500_000, batch_size=1024, accumulate=2 if scout else 1, sample_tokens=0)
     data, mesh = DataConfig(length=8192), MeshConfig(data=1, fsdp=-1, expert=8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
     model = model.replace(norm_eps=1e-5, tie_embeddings=False, dtype="bfloat16", remat="full")
     model = model.replace(heads=HeadsConfig(qk_norm="model"))
     optim = OptimConfig(learning_rate=4e-4, warmup_steps=2500, beta2=0.95)
-    train = TrainConfig(steps=1_200_000, batch_size=1024, accumulate=8, sample_tokens=0)
+    train = TrainConfig(steps=1_200_000, batch_size=1024, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

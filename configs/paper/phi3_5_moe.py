@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
     model = model.replace(norm="layernorm", norm_eps=1e-5, heads=HeadsConfig(qkv_bias=True, out_bias=True))
     model = model.replace(tie_embeddings=False, dtype="bfloat16", remat="full", moe=moe)
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=500_000, batch_size=1024, accumulate=2, sample_tokens=0)
+    train = TrainConfig(steps=500_000, batch_size=1024, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
     model = model.replace(rope_base=1e6, tie_embeddings=False, dtype="bfloat16", remat="full", moe=moe)
     model = model.replace(heads=HeadsConfig(qkv_bias=True), moe__balance=BalanceConfig(load=0.001))
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=250_000, batch_size=1024, accumulate=8, sample_tokens=0)
+    train = TrainConfig(steps=250_000, batch_size=1024, accumulate=2, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))

@@ -31,6 +31,6 @@ def get_config(variant: str = "30b") -> ConfigDict:
     model = model.replace(rope_base=1e6, tie_embeddings=False, dtype="bfloat16", remat="full")
     model = model.replace(heads=HeadsConfig(qk_norm="head"))
     optim = OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95)
-    train = TrainConfig(steps=500_000, batch_size=2048, accumulate=4, sample_tokens=0)
+    train = TrainConfig(steps=500_000, batch_size=2048, accumulate=1 if large else 4, sample_tokens=0)
     data, mesh = DataConfig(length=4096), MeshConfig(data=1, fsdp=-1, expert=4 if variant == "30b" else 8)
     return to_config_dict(Experiment(model=model, data=data, optim=optim, train=train, mesh=mesh))
