@@ -3,7 +3,7 @@
 Source: Demons in the detail (2501.11873), table 1: perplexity 8.167 when 4 sequences are balanced together, 8.038 with
 512. Every row is of one of four languages, so that balance within a row forbids experts for a language.
 python experiments/ablate.py --study=configs/ablations/balance_scope.py --workdir=runs/studies
-Cost: toy 20 runs, about 4 minutes on two cores.
+Cost: toy 20 runs, about 5 minutes on two cores.
 """
 
 from sparse_lm.study.claims import Less

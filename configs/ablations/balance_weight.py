@@ -3,7 +3,7 @@
 Source: OLMoE (2409.02060), figures 9 and 10 (without: collapse to one or two experts); Switch (2101.03961) swept 1e-1
 to 1e-5 and chose 1e-2.
 python experiments/ablate.py --study=configs/ablations/balance_weight.py --workdir=runs/studies
-Cost: toy 15 runs, about 5 minutes on two cores.
+Cost: toy 15 runs, about 9 minutes on two cores.
 """
 
 from sparse_lm.study.claims import Between, Less

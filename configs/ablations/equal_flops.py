@@ -3,7 +3,7 @@
 Source: ST-MoE (2202.08906), table 8: a second expert helps per step (-1.373 to -1.369 at a factor of 1.25), at more
 FLOPs per token; the scaling laws of routed language models (2202.01169) recommend one.
 python experiments/ablate.py --study=configs/ablations/equal_flops.py --workdir=runs/studies
-Cost: toy 12 runs, about 3 minutes on two cores. Steps are cut until each variant's FLOPs are the dense baseline's.
+Cost: toy 12 runs, about 5 minutes on two cores. Steps are cut until each variant's FLOPs are the dense baseline's.
 """
 
 from sparse_lm.moe.routers.top_k import TopK

@@ -3,7 +3,7 @@
 Source: Switch Transformer (2101.03961), table 1: hours to a given loss (T5-Large 131, top-2 80.1, Switch 62.8 at
 a factor of 1).
 python experiments/ablate.py --study=configs/ablations/equal_time.py --workdir=runs/studies
-Cost: toy 15 runs, about 4 minutes on two cores; nothing else should run meanwhile. Runs are read at the training time
+Cost: toy 15 runs, about 10 minutes on two cores; nothing else should run meanwhile. Runs are read at the training time
 of the one that was done first, so the learning rate is constant.
 """
 

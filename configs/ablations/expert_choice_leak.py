@@ -4,7 +4,7 @@ Source: loss-free balancing (2408.15664), on expert choice: an abnormal drop of 
 smaller groups. The control groups by position (2402.07871): tokens at one position of several rows, where nothing
 leaks. The language has a known entropy, so that `entropy_gap` below 0 would prove a leak by itself.
 python experiments/ablate.py --study=configs/ablations/expert_choice_leak.py --workdir=runs/studies
-Cost: toy 15 runs, about 3 minutes on two cores.
+Cost: toy 15 runs, about 7 minutes on two cores.
 """
 
 from sparse_lm.moe.routers.expert_choice import ExpertChoice

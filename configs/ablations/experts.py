@@ -2,7 +2,7 @@
 
 Source: Switch Transformer (2101.03961), table 7 and figure 4; unified scaling laws (2202.01169) fit the same line.
 python experiments/ablate.py --study=configs/ablations/experts.py --workdir=runs/studies
-Cost: toy 18 runs, about 4 minutes on two cores.
+Cost: toy 18 runs, about 8 minutes on two cores.
 """
 
 from sparse_lm.study.claims import Less, Monotone, Within

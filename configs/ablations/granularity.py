@@ -3,7 +3,7 @@
 Source: DeepSeekMoE (2401.06066), figure 3 and table 1; fine-grained scaling laws (2402.07871); OLMoE (2409.02060) found
 a shared expert slightly worse.
 python experiments/ablate.py --study=configs/ablations/granularity.py --workdir=runs/studies
-Cost: toy 18 runs, about 5 minutes on two cores. Equal FLOPs and, without the shared one, equal parameters.
+Cost: toy 18 runs, about 9 minutes on two cores. Equal FLOPs and, without the shared one, equal parameters.
 """
 
 from sparse_lm.moe.routers.top_k import TopK

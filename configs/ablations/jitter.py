@@ -4,7 +4,7 @@ Source: Switch Transformer (2101.03961), table 11: argmax -1.471, sampling from 
 router's input -1.480 (at a rate that the table does not give; 0.1 here), jitter of 0.01 -1.468. ST-MoE (2202.08906),
 table 3, finds jitter steadier and worse.
 python experiments/ablate.py --study=configs/ablations/jitter.py --workdir=runs/studies
-Cost: toy 21 runs, about 7 minutes on two cores.
+Cost: toy 21 runs, about 9 minutes on two cores.
 """
 
 from sparse_lm.moe.routers.fixed_noise import FixedNoise

@@ -2,7 +2,7 @@
 
 Source: loss-free balancing (2408.15664), table 2 (1B): perplexity 9.56 to 9.50, MaxVio 0.72 to 0.04.
 python experiments/ablate.py --study=configs/ablations/loss_free_bias.py --workdir=runs/studies
-Cost: toy 15 runs, about 5 minutes on two cores. The paper's rate of 0.001 is for 1e4 steps and more.
+Cost: toy 15 runs, about 7 minutes on two cores. The paper's rate of 0.001 is for 1e4 steps and more.
 """
 
 from sparse_lm.moe.routers.sigmoid import Sigmoid

@@ -2,7 +2,7 @@
 
 Source: ReMoE (2412.14711), table 2 (mean accuracy: dense 38.20, dropless top-k 39.67, ReMoE 40.03), E=8, k=1.
 python experiments/ablate.py --study=configs/ablations/relu.py --workdir=runs/studies
-Cost: toy 9 runs, about 4 minutes on two cores. FLOPs are counted at the number of experts that the penalty aims at; in
+Cost: toy 9 runs, about 5 minutes on two cores. FLOPs are counted at the number of experts that the penalty aims at; in
 the first hundred steps more are used.
 """
 
