@@ -184,7 +184,6 @@ def test_layers_are_the_published_ones():
     assert sum(kind.sparse for kind in layers["glam:64b_64e"]) == 32 and layers["glam:64b_64e"][1].sparse
 
 
-@pytest.mark.slow
 @names
 def test_the_training_step_lowers_on_its_slice(name):
     entry = ENTRIES[name]

@@ -64,6 +64,7 @@ def test_a_failure_does_not_stop_the_others_and_is_the_exit_status(ablate, tmp_p
     assert found["variants"]["text"]["n"] == 0
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_run_saves_it_and_the_same_command_goes_on(ablate, tmp_path):
     study = STUDY.replace("(1,", "(1, steps=60,")
     process, runs = ablate(study=study, main=mains.start), tmp_path / "out" / "tiny" / "runs"
