@@ -117,6 +117,8 @@ def first_node(nodes: str) -> str:
 def connect(cluster: Cluster, initialize: Callable[..., Any] = jax.distributed.initialize) -> None:
     """Joins the cluster; afterwards `jax.devices()` are those of all its processes. Collectives on CPU go by gloo.
 
+    On CPU several processes use no compilation cache: XLA stores programs without the order of their collectives.
+
     Raises `HostsError` naming the address when it cannot be found or is taken, or the others have not come in time.
     The runtime itself would abort the process without a Python exception, so it is given a little more time.
     """
@@ -147,6 +149,9 @@ def connect(cluster: Cluster, initialize: Callable[..., Any] = jax.distributed.i
         raise HostsError(f"{who} waited {cluster.init_timeout} s for the others at {cluster}: {_why(cluster)}")
     if failures:
         raise HostsError(f"{who} cannot join the others at {cluster}: {failures[0]}") from failures[0]
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # Gloo tells collectives apart by their order, which a program from the compilation cache has lost.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _look(cluster: Cluster) -> None:

@@ -34,12 +34,15 @@ def expected(tmp_path_factory):
     return workdir
 
 
-def test_two_processes_stop_together_and_one_goes_on(expected, tmp_path):
+def test_two_processes_stop_together_and_one_goes_on(expected, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     processes = together.start(tmp_path, 2, STEPS)
     together.wait_for_rows(tmp_path, 5, processes)
     processes[1].send_signal(signal.SIGTERM)  # not to the one that writes
     ended = together.finish(processes)
     assert [status for status, _, _ in ended] == [0, 0], ended
+    assert not cache.exists()  # their programs would come back without the order of their collectives
     done = len(tiny.losses(tmp_path))
     assert 5 <= done < 24
     assert f"stopped by a signal at step {done}" in ended[0][1] and "step" not in ended[1][1]
