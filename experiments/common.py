@@ -13,8 +13,8 @@ __all__ = ["DEVICES", "WITHOUT_A_TPU", "define_config", "experiment", "run"]
 DEVICES = flags.DEFINE_integer("devices", None, "Run on N virtual CPU devices; None uses the machine's own.", 1)
 # The TPU compiler needs no TPU: it shall not look for one, nor keep other processes from compiling.
 WITHOUT_A_TPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-# Of XLA's pool, which is as large as there are cores or devices. A program from the compilation cache has lost the order
-# of its collectives, and each that waits for other devices holds a thread: then all threads can be waiting.
+# Of XLA's pool, as large as there are cores or devices. A program from the compilation cache has lost the order of its
+# collectives, and each that waits for other devices holds a thread: all threads can be waiting.
 THREADS_PER_DEVICE = 32
 AGAIN = 75  # the status of an error that may be gone at the next try
 

@@ -23,8 +23,8 @@ if "--xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}".strip()
 if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}={NUM_DEVICES}".strip()
-# A program from the compilation cache has lost the order of its collectives, and each that waits for other devices holds
-# a thread of the pool that they share: as many threads as cores can all be waiting.
+# A program from the compilation cache has lost the order of its collectives, and each that waits for other devices
+# holds a thread of the pool that they share: eight can all be waiting.
 os.environ.setdefault("NPROC", str(32 * NUM_DEVICES))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
