@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Self
 
 import numpy as np
@@ -220,15 +221,22 @@ class FactRows:
         rng = np.random.default_rng([*self.stream, index])
         a = rng.integers(self.config.num_a, size=self.triples)
         b = rng.integers(self.config.num_b, size=self.triples)
-        first_b, first_v = self.config.num_a, self.config.num_a + self.config.num_b
-        columns = np.zeros((5, 3 * self.triples + 1), np.int64)
-        columns[0, 0] = self.tokenizer.separator
-        columns[0, 1:] = np.stack([a, first_b + b, first_v + self.table[a, b]], axis=1).ravel()
-        columns[1, 0] = 1
-        columns[1, 1:] = np.repeat(np.arange(2, self.triples + 2), 3)
-        columns[2, 1:] = np.tile(np.arange(3), self.triples)
-        columns[3] = columns[2] == 2
-        return make_batch(*columns)
+        tokens = np.full(3 * self.triples + 1, self.tokenizer.separator, np.int32)
+        tokens[1::3] = a
+        tokens[2::3] = self.config.num_a + b
+        tokens[3::3] = self.config.num_a + self.config.num_b + self.table[a, b]
+        return make_batch(tokens, *self._frame)
+
+    @functools.cached_property
+    def _frame(self) -> np.ndarray:
+        """What all rows have in common: segments, positions, targets and domains, int32 [4, tokens]."""
+        columns = np.zeros((4, 3 * self.triples + 1), np.int32)
+        columns[0, 0] = 1
+        columns[0, 1:] = np.repeat(np.arange(2, self.triples + 2), 3)
+        columns[1, 1:] = np.tile(np.arange(3), self.triples)
+        columns[2] = columns[1] == 2
+        columns.setflags(write=False)
+        return columns
 
 
 def fact_table(config: FactsConfig) -> np.ndarray:
