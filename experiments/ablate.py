@@ -7,6 +7,7 @@ python experiments/ablate.py --study=configs/ablations/experts.py --workdir=runs
 The same command goes on where it was stopped; finished runs are never repeated. docs/studies.md tells more.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def main() -> None:
     elif PARALLEL.value > 1:
         more = [f"--devices={flags.FLAGS.devices}"] if flags.FLAGS.devices else []
         more += ["--retry"] if RETRY.value else []
-        status = run_processes([sys.executable, __file__, *options, *more], shard, PARALLEL.value).status
+        status = run_processes([sys.executable, __file__, *options, *more], shard, PARALLEL.value, os.environ).status
     else:
         ran = run_study(plan, directory, sys.stdout, shard, RETRY.value, after=write)
         status = 1 if ran.failed else 0

@@ -31,7 +31,8 @@ def run(main: Callable[[], None]) -> None:
         if DEVICES.value:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", DEVICES.value)
-            os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * DEVICES.value))
+            threads = THREADS_PER_DEVICE * DEVICES.value
+            os.environ["NPROC"] = str(max(threads, int(os.environ.get("NPROC") or 0)))
         from sparse_lm.config import ConfigError
         from sparse_lm.data.documents import DataError
         from sparse_lm.memory import keep_freed

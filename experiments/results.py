@@ -45,7 +45,7 @@ def main() -> None:
         command = [sys.executable, str(ROOT / "experiments" / "ablate.py"), f"--study={files[name]}"]
         command += [f"--workdir={workdir}", f"--scale={SCALE.value}"]
         count = 1 if plan.study.budget == "time" else max(1, min(PARALLEL.value, outstanding(plan, directory)))
-        ended = run_processes(command, Shard(), count)
+        ended = run_processes(command, Shard(), count, os.environ)
         status = max(status, ended.status)
         if ended.stopped:
             print("stopped; the same command goes on from there")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sparse_lm.config import ConfigError
@@ -29,13 +30,18 @@ class Ended(NamedTuple):
     stopped: bool
 
 
-def run_processes(command: Sequence[str], shard: Shard, count: int) -> Ended:
-    """Runs `command --shard=i/n` for each of `count` parts of the shard, and waits.
+def run_processes(command: Sequence[str], shard: Shard, count: int, environment: Mapping[str, str]) -> Ended:
+    """Runs `command --shard=i/n` for each of `count` parts of the shard, in this environment, and waits.
 
-    SIGTERM and Ctrl-C are passed on to the processes, and waited for.
+    SIGTERM and Ctrl-C are passed on to the processes, and waited for. XLA gets as many threads in each as there are
+    cores for it (NPROC, unless the environment has it): more would wait for each other, and cost time that others need.
     """
     stopped = False
-    started = [subprocess.Popen([*command, f"--shard={part.index}/{part.count}"]) for part in shard.split(count)]
+    surroundings = {"NPROC": str(max(1, (os.cpu_count() or 1) // count)), **environment}
+    started = [
+        subprocess.Popen([*command, f"--shard={part.index}/{part.count}"], env=surroundings)
+        for part in shard.split(count)
+    ]
 
     def forward(number, _):
         nonlocal stopped

@@ -22,13 +22,21 @@ NOTE = "import sys, pathlib; pathlib.Path(sys.argv[1], sys.argv[2].split('=')[1]
 
 def test_every_part_is_started_once(tmp_path):
     command = [sys.executable, "-c", NOTE, str(tmp_path)]
-    assert run_processes(command, Shard(1, 2), 2) == (0, False)
+    assert run_processes(command, Shard(1, 2), 2, os.environ) == (0, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1of4", "3of4"]
+
+
+@pytest.mark.parametrize(("number", "given", "threads"), [(1, {}, 6), (2, {}, 3), (8, {}, 1), (2, {"NPROC": "5"}, 5)])
+def test_processes_share_the_cores(number, given, threads, monkeypatch):
+    """The status says how many threads XLA would take."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    command = [sys.executable, "-c", "import os, sys; sys.exit(int(os.environ['NPROC']))"]
+    assert run_processes(command, Shard(), number, given) == (threads, False)
 
 
 def test_the_worst_status_is_kept():
     command = [sys.executable, "-c", "import sys; sys.exit(3 if sys.argv[1].startswith('--shard=1/') else 0)"]
-    assert run_processes(command, Shard(), 2) == (3, False)
+    assert run_processes(command, Shard(), 2, os.environ) == (3, False)
 
 
 def test_a_signal_reaches_the_processes(tmp_path):
@@ -46,7 +54,7 @@ def test_a_signal_reaches_the_processes(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert run_processes([sys.executable, "-c", code], Shard(), 2) == (0, True)
+    assert run_processes([sys.executable, "-c", code], Shard(), 2, os.environ) == (0, True)
     thread.join()
     assert signal.getsignal(signal.SIGINT) == before
 
