@@ -3,7 +3,7 @@
 Source: ST-MoE (2202.08906), table 8. Its capacity leaves out k: its factor for top-2 is twice ours, so `k2_1_2` has 0.5
 and 1 here. Its top-2 uses two experts of full width, twice the FLOPs, hence matched=False.
 python experiments/ablate.py --study=configs/ablations/capacity.py --workdir=runs/studies
-Cost: toy 21 runs, about 11 minutes on two cores, and 6 evaluations of them. Names are k, the factor in training, the
+Cost: toy 21 runs, about 6 minutes on two cores, and 6 evaluations of them. Names are k, the factor in training, the
 factor in evaluation; what differs in the latter alone is trained once.
 """
 

@@ -4,7 +4,7 @@ Source: V-MoE (2106.05974), batch-prioritised routing; ST-MoE (2202.08906), tabl
 -1.428 in order and -1.409 by priority; it stops to matter above 1. All but `token` look at later tokens and are not
 causal, in evaluation too: here they run with allow_non_causal, so a lower loss may be a look ahead.
 python experiments/ablate.py --study=configs/ablations/drop_priority.py --workdir=runs/studies
-Cost: toy 21 runs, about 10 minutes on two cores.
+Cost: toy 21 runs, about 8 minutes on two cores.
 """
 
 from sparse_lm.study.claims import Less, Within

@@ -2,7 +2,7 @@
 
 Source: OLMoE (2409.02060), figure 5: 8x1 to 32x4 is a large gain, 64x8 a small one; grids as in ST-MoE (2202.08906).
 python experiments/ablate.py --study=configs/ablations/experts_top_k.py --workdir=runs/studies
-Cost: toy 30 runs, about 13 minutes on two cores. Names are experts x chosen; gates of several choices sum to 1.
+Cost: toy 30 runs, about 10 minutes on two cores. Names are experts x chosen; gates of several choices sum to 1.
 """
 
 from sparse_lm.moe.routers.top_k import TopK

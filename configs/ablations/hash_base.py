@@ -3,7 +3,7 @@
 Source: DeepSeekMoE (2401.06066), table 1 (Pile loss); BASE (2103.16716), hash layers (2106.04426), scaling laws of
 routed models (2202.01169: all three within a narrow band). Groups are by position, which keeps all four causal.
 python experiments/ablate.py --study=configs/ablations/hash_base.py --workdir=runs/studies
-Cost: toy 15 runs, 10 minutes on two cores. Early in training a hash by byte wins: short runs contradict the paper.
+Cost: toy 15 runs, about 6 minutes on two cores. Early in training a hash by byte wins: short runs contradict the paper.
 """
 
 from sparse_lm.moe.routers.base_layer import Base

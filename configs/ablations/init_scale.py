@@ -3,7 +3,7 @@
 Source: Switch Transformer (2101.03961), table 3: -2.72 ± 0.01 with 0.1, -3.60 ± 0.68 with 1.0 after 3,500 steps. There
 the scale is that of all weights; here of experts and router.
 python experiments/ablate.py --study=configs/ablations/init_scale.py --workdir=runs/studies
-Cost: toy 16 runs, about 12 minutes on two cores.
+Cost: toy 16 runs, about 5 minutes on two cores.
 """
 
 from sparse_lm.moe.routers.top_k import TopK

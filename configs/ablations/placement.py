@@ -3,7 +3,7 @@
 Source: GShard and Switch use every other layer, OpenMoE (2402.01739) every fourth or sixth, DeepSeekMoE (2401.06066)
 all but the first; ST-MoE (2202.08906), table 16, finds that where extra layers stand matters little.
 python experiments/ablate.py --study=configs/ablations/placement.py --workdir=runs/studies
-Cost: toy 15 runs, about 11 minutes on two cores.
+Cost: toy 15 runs, about 8 minutes on two cores.
 """
 
 from sparse_lm.study.claims import Less, Within
