@@ -2,11 +2,12 @@
 
 For CPUs with bfloat16 units XLA has fast kernels, but not for every form. With a bfloat16 result it takes a slow one;
 with a float32 result that is rounded afterwards it does not. Where rows are summed over, as in a weight's gradient,
-bfloat16 is slow whatever the result, and float32 operands are faster.
+it turns bfloat16 to float32, unless the first operand lies in memory with its rows last. XLA would undo a mere
+transposition, so that the order in memory is prescribed.
 
-A sum over rows wants its first operand turned round, and XLA computes whatever leads to that operand, such as the
-gradient of an activation, in the turned order, which is slow: so the smaller operand comes first. JAX's own gradient
-puts that of the result first, whatever its size. Numbers: docs/performance.md.
+A sum over rows wants its first operand turned round in float32 too, and XLA computes whatever leads to that operand,
+such as the gradient of an activation, in the turned order, which is slow: so the smaller operand comes first. JAX's own
+gradient puts that of the result first, whatever its size. Numbers: docs/performance.md.
 
 On GPU and TPU the sums are float32 in any case, and the plain product is the one that their compilers know.
 """
@@ -14,9 +15,11 @@ On GPU and TPU the sums are float32 in any case, and the plain product is the on
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sparse_lm.mesh import explicit_mesh, platform, varying
 
@@ -29,47 +32,67 @@ def einsum(subscripts: str, *operands: jax.Array, out_sharding=None, dtype=None)
     On a CPU it has no forward-mode derivative (`jax.jvp`).
     """
     names = {x.dtype.name for x in operands}
-    own = dtype is None or {jnp.dtype(dtype).name} == names
-    if own and len(operands) == 2 and names in _DTYPES and platform() == "cpu":
+    known = dtype is None or jnp.dtype(dtype).name in {"float32", *names}
+    if known and len(operands) == 2 and names in _DTYPES and platform() == "cpu":
         x, w = operands if explicit_mesh() else map(varying, operands)
-        return cpu_einsum(subscripts, x, w, out_sharding)
+        return cpu_einsum(subscripts, x, w, out_sharding, dtype or x.dtype)
     return jnp.einsum(subscripts, *operands, out_sharding=out_sharding, preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def cpu_einsum(subscripts: str, x: jax.Array, w: jax.Array, out_sharding=None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def cpu_einsum(subscripts: str, x: jax.Array, w: jax.Array, out_sharding, dtype) -> jax.Array:
     """`jnp.einsum` of two operands of one dtype, summed in float32 and rounded once, with gradients of the same kind.
 
-    Every letter of an operand has to be in the other one or in the result.
+    Every letter of an operand has to be in the other one or in the result. dtype: of the result; its gradient is
+    rounded to that of the operands.
     """
-    return _product(subscripts, x, w, out_sharding)
+    return _product(subscripts, x, w, out_sharding).astype(dtype)
 
 
-def _product(subscripts, x, w, out_sharding):
-    total = jnp.einsum(subscripts, x, w, out_sharding=out_sharding, preferred_element_type=jnp.float32)
-    return total.astype(x.dtype)
-
-
-def _forward(subscripts, x, w, out_sharding):
+def _forward(subscripts, x, w, out_sharding, dtype):
     # Not the function with the gradient: `jax.checkpoint` would see no product in it that it could keep.
-    return _product(subscripts, x, w, out_sharding), (x, w)
+    return _product(subscripts, x, w, out_sharding).astype(dtype), (x, w)
 
 
-def _backward(subscripts, out_sharding, saved, dy):
+def _backward(subscripts, out_sharding, dtype, saved, dy):
     x, w = saved
+    dy = dy.astype(x.dtype)
     inputs, result = subscripts.split("->")
     left, right = inputs.split(",")
+    specs = [None if out_sharding is None else jax.typeof(one).sharding.spec for one in saved]
+    dx = _product(f"{result},{right}->{left}", dy, w, specs[0])
+    dw = _product(f"{left},{result}->{right}", x, dy, specs[1])
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
-    def gradient(letters: tuple[str, str, str], one: jax.Array, other: jax.Array, like: jax.Array) -> jax.Array:
-        first, second, result = letters
-        if first[0] not in result and second[0] not in result:  # rows are summed over
-            one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-        if first[-1] in result and second[-1] in result and one.size > other.size:
-            (first, one), (second, other) = (second, other), (first, one)
-        sharding = None if out_sharding is None else jax.typeof(like).sharding.spec
-        return _in_order(f"{first},{second}->{result}", one, other, sharding).astype(like.dtype)
 
-    return gradient((result, right, left), dy, w, x), gradient((left, result, right), x, dy, w)
+def _product(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Array:
+    """In float32."""
+    inputs, result = subscripts.split("->")
+    first, second = inputs.split(",")
+    if first[-1] in result and second[-1] in result:  # rows are summed over
+        return _sum_over_rows((first, second, result), one, other, spec)
+    return _in_order(subscripts, one, other, spec)
+
+
+def _sum_over_rows(letters: tuple[str, str, str], one: jax.Array, other: jax.Array, spec) -> jax.Array:
+    """The product whose first operand has to be turned round: the one that takes less moving in all."""
+    first, second, result = letters
+    bfloat16 = one.dtype == jnp.bfloat16
+    sizes = dict(zip(first + second, one.shape + other.shape, strict=True))
+    turned_result = 2 * math.prod(sizes[letter] for letter in result) if bfloat16 else 0
+    if one.size > other.size + turned_result:
+        (first, one), (second, other) = (second, other), (first, one)
+    if bfloat16:
+        rows = [letter for letter in first if letter not in result]
+        order = [*(letter for letter in first if letter in second and letter in result)]
+        order += [*(letter for letter in first if letter not in second), *rows]
+        one, first = in_memory(jnp.transpose(one, [first.index(letter) for letter in order])), "".join(order)
+    return _in_order(f"{first},{second}->{result}", one, other, spec)
+
+
+def in_memory(x: jax.Array) -> jax.Array:
+    """The same, whose last axis lies next to each other in memory whatever the compiler would prefer."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _in_order(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Array:
@@ -83,6 +106,8 @@ def _in_order(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Ar
     product = jnp.einsum(
         f"{inputs}->{''.join(natural)}", one, other, out_sharding=spec, preferred_element_type=jnp.float32
     )
+    if one.dtype == jnp.bfloat16:  # XLA fails where it would rather have such a product turned round
+        product = in_memory(product)
     return jnp.transpose(product, [natural.index(letter) for letter in result])
 
 

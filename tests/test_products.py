@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,18 +91,58 @@ def test_float32_is_what_it_was(subscripts):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("subscripts", ["BLD,DF->BLF", "BLF,FD->BLD", "BLD,FD->BLF", "ERD,EDF->ERF", "ERF,EFD->ERD"])
-def test_sums_over_rows_turn_the_smaller_operand_round(subscripts, dtype):
-    """D is wider than F, whichever is the result's: the products that sum over rows begin with F."""
+ROWS = ("BLD,DF->BLF", "BLF,FD->BLD", "BLD,FD->BLF", "ERD,EDF->ERF", "ERF,EFD->ERD")
+
+
+def weight_gradient(subscripts, dtype):
+    """The program of a weight's gradient, the product in it, and the shapes of that one's operands."""
     given = operands(subscripts, dtype)
-    gradient = jax.make_jaxpr(lambda x, w, dy: jax.vjp(lambda w: einsum(subscripts, x, w), w)[1](dy))(*given)
-    (product,) = [one for one in gradient.eqns if one.primitive.name == "dot_general"][2:]
-    first, second = (variable.aval.shape for variable in product.invars)
+    program = jax.make_jaxpr(lambda x, w, dy: jax.vjp(lambda w: einsum(subscripts, x, w), w)[1](dy))(*given)
+    (product,) = [one for one in program.eqns if one.primitive.name == "dot_general"][2:]
+    return program, product, [variable.aval.shape for variable in product.invars]
+
+
+@pytest.mark.parametrize("subscripts", ROWS)
+def test_sums_over_rows_turn_the_smaller_operand_round(subscripts):
+    """D is wider than F, whichever is the result's: the products that sum over rows begin with F."""
+    _, product, (first, second) = weight_gradient(subscripts, jnp.float32)
     assert (first[-1], second[-1]) == (SIZES["F"], SIZES["D"])
     (left, right), _ = product.params["dimension_numbers"]
     rows = {"B": (0, 1), "E": (1,)}[subscripts[0]]
     assert tuple(left) == tuple(right) == rows
+
+
+@pytest.mark.parametrize("subscripts", ROWS)
+def test_bfloat16_sums_over_rows_that_lie_last_in_memory(subscripts):
+    """The first operand is turned round, and the compiler may lay out neither it nor the result differently."""
+    program, product, (first, _) = weight_gradient(subscripts, jnp.bfloat16)
+    (left, _), (batch, _) = product.params["dimension_numbers"]
+    assert tuple(left) == tuple(range(len(first)))[-len(left) :] and tuple(batch) == tuple(range(len(batch)))
+    assert {variable.aval.dtype.name for variable in product.invars} == {"bfloat16"}
+    fixed = [one for one in program.eqns if one.primitive.name == "layout_constraint"]
+    assert product.invars[0] in [one.outvars[0] for one in fixed]
+    assert product.outvars[0] in [one.invars[0] for one in fixed]
+    assert all(one.params["layout"].major_to_minor == tuple(range(one.invars[0].aval.ndim)) for one in fixed)
+
+
+def test_rows_can_be_summed_over_forward():
+    """As in a product that is itself a gradient."""
+    x, _, dy = operands("BLD,DF->BLF")
+    got = jax.jit(lambda x, dy: einsum("BLD,BLF->DF", x, dy, dtype=jnp.float32))(x, dy)
+    expected = np.einsum("BLD,BLF->DF", np.asarray(x, np.float64), np.asarray(dy, np.float64))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_float32_result_of_bfloat16_has_gradients_of_bfloat16():
+    """Logits: not rounded themselves, but their gradient is before it meets the other operand."""
+    x, w, _ = operands("BLD,FD->BLF")
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=(SIZES["B"], SIZES["L"], SIZES["F"])), jnp.float32)
+    y, dx, dw = both_ways("BLD,FD->BLF", functools.partial(einsum, dtype=jnp.float32))(x, w, dy)
+    expected = exact("BLD,FD->BLF", x, w, dy.astype(jnp.bfloat16))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected[0], rtol=1e-5, atol=1e-5)
+    assert_rounded_once((dx, dw), expected[1:])
 
 
 def test_a_gradient_has_a_gradient():

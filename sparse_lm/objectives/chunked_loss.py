@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparse_lm.mesh import axis_index, max_over, sum_over, varying
+from sparse_lm.products import einsum
 from sparse_lm.sharding import Rules
 
 
@@ -89,7 +90,7 @@ _losses.defvjp(_forward, _backward)
 
 
 def _logits(x_MD, table_VD):
-    return jnp.einsum("MD,VD->MV", x_MD, table_VD, preferred_element_type=jnp.float32)
+    return einsum("MD,VD->MV", x_MD, table_VD, dtype=jnp.float32)
 
 
 def _is_label(label_M, table_VD):

@@ -54,7 +54,7 @@ def make_train_step(
         rules = state.model.rules
         # Under ZeRO the update is made on the shards of the optimizer state, and then gathered.
         shards = rules.for_state.shard_parameters((gradients, parameters))
-        updated, optimizer_state = apply(optimizer, shards[0], state.optimizer, shards[1])
+        updated, optimizer_state = apply(optimizer, shards[0], state.optimizer, shards[1], finite)
 
         def keep(new, old):
             return jnp.where(finite, new, old)
@@ -65,7 +65,6 @@ def make_train_step(
         if parts.attention is not None:
             model.stack = model.stack.with_updated_attention(parts.attention.stats)
         model = jax.tree.map(keep, rules.shard_parameters(model), state.model)
-        optimizer_state = jax.tree.map(keep, rules.for_state.shard_parameters(optimizer_state), state.optimizer)
         skipped = 1 - finite.astype(jnp.int32)
         nonfinite, in_a_row = state.nonfinite + skipped, (state.nonfinite_in_a_row + 1) * skipped
         new = TrainState(state.step + 1, model, optimizer_state, nonfinite, in_a_row)

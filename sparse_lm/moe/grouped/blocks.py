@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sparse_lm.mesh import varying
 from sparse_lm.moe.grouped.layout import Kernel, Layout
+from sparse_lm.products import einsum
 
 BLOCK = 128  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
 TOGETHER = 8  # blocks in one product at most; a power of two
@@ -68,9 +69,8 @@ class Blocks(Kernel):
         def of_expert(expert, dw):
             def of_rows(start, size, total):
                 slices = (jax.lax.dynamic_slice_in_dim(one, start, size) for one in bits)
-                # CPUs sum over rows of bfloat16 slowly, see `sparse_lm.products`.
-                x, dy = (_values(one, x_RD.dtype).astype(jnp.float32) for one in slices)
-                return total + jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+                x, dy = (_values(one, x_RD.dtype) for one in slices)
+                return total + einsum("RD,RF->DF", x, dy, dtype=jnp.float32)
 
             total = _over_rows(of_rows, expert, layout, varying(jnp.zeros(dw.shape[1:], jnp.float32)))
             return jax.lax.dynamic_update_index_in_dim(dw, total, expert, 0)
