@@ -17,7 +17,7 @@ tracing, and `jax.typeof(x)` shows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +116,23 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def on_shards(body: Callable, in_specs, out_specs, checked: bool = True) -> Callable:
+    """`body` on every device's own shards: `jax.shard_map` over the mesh that is set.
+
+    On one device there are no shards, and no `shard_map`, through which gradients of weights would pass as sums over
+    one device each, which XLA for CPU and GPU makes. The functions below know.
+    checked: `check_vma`, whether what differs between devices is declared.
+    """
+    if jax.sharding.get_abstract_mesh().size == 1:
+        return jax.sharding.auto_axes(body, out_sharding=out_specs)
+    return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
+
+
+def _shards() -> bool:
+    """Whether this is inside of a `shard_map`."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def manual_axis_size(axis: str) -> int:
     """Size of a mesh axis inside a `shard_map`; 1 where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -123,18 +140,18 @@ def manual_axis_size(axis: str) -> int:
 
 
 def axis_index(axis: str) -> jax.Array | int:
-    """This device's place along a mesh axis inside a `shard_map`; 0 where no mesh is set."""
-    return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(axis)
+    """This device's place along a mesh axis inside a `shard_map`; 0 elsewhere."""
+    return jax.lax.axis_index(axis) if _shards() else 0
 
 
 def sum_over(x: jax.Array, axis: str) -> jax.Array:
-    """Inside a `shard_map`: the sum of the devices' values along a mesh axis; `x` itself where no mesh is set."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, axis)
+    """Inside a `shard_map`: the sum of the devices' values along a mesh axis; `x` itself elsewhere."""
+    return jax.lax.psum(x, axis) if _shards() else x
 
 
 def max_over(x: jax.Array, axis: str) -> jax.Array:
-    """Inside a `shard_map`: the largest of the devices' values along a mesh axis; `x` itself where no mesh is set."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.pmax(x, axis)
+    """Inside a `shard_map`: the largest of the devices' values along a mesh axis; `x` itself elsewhere."""
+    return jax.lax.pmax(x, axis) if _shards() else x
 
 
 def varying(x: jax.Array) -> jax.Array:
@@ -142,9 +159,9 @@ def varying(x: jax.Array) -> jax.Array:
 
     Not between stages: a `shard_map` inside of a pipeline works on one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not _shards():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     aval = jax.typeof(x)
     known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # renamed in jax 0.10
     missing = tuple(axis for axis in mesh.axis_names if axis not in known and axis != "stage")

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_lm.dims import LETTERS
-from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, explicit_mesh, manual_axis_size
+from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, explicit_mesh, manual_axis_size, on_shards
 from sparse_lm.products import einsum
 
 Axes = str | tuple[str, ...] | None
@@ -126,7 +126,7 @@ class Rules:
             return table[rows]
         spec = self.act(letters, (*rows.shape, *table.shape[1:]))
         places = PartitionSpec(*spec[: rows.ndim])
-        take = jax.shard_map(lambda table, rows: table[rows], in_specs=(PartitionSpec(), places), out_specs=spec)
+        take = on_shards(lambda table, rows: table[rows], (PartitionSpec(), places), spec)
         return take(_reshard(table, PartitionSpec(*(None,) * table.ndim)), _reshard(rows, places))
 
     def draw(self, sampler: Callable, key: jax.Array, shape: tuple[int, ...], letters: str) -> jax.Array:
@@ -169,8 +169,7 @@ class Rules:
         first = self.act("G")
         parameters = self.shard_parameters(parameters)
         specs = (self.parameter_specs(parameters, mesh), first, PartitionSpec())
-        shard_map = jax.shard_map(body, in_specs=specs, out_specs=first, check_vma=checked)
-        return shard_map(parameters, activations, replicated)
+        return on_shards(body, specs, first, checked)(parameters, activations, replicated)
 
     def per_group(self, body: Callable, *arrays: jax.Array, axis: str = "G"):
         """`body(*arrays)` on every device's own groups: for sorts and loops along S, which are not typed on cut arrays.
@@ -182,7 +181,7 @@ class Rules:
             return body(*arrays)
         first = self.act(axis)
         arrays = tuple(self.constrain(x, axis + "." * (x.ndim - 1)) for x in arrays)
-        return jax.shard_map(body, in_specs=first, out_specs=first)(*arrays)
+        return on_shards(body, first, first)(*arrays)
 
     def per_shard(self, body: Callable, arrays: Sequence[jax.Array], letters: Sequence[str], out: str):
         """`body(*arrays)` on every device's own shards of activations with these axes; the result has the axes `out`.
@@ -193,7 +192,7 @@ class Rules:
             return body(*arrays)
         arrays = tuple(self.constrain(x, axes) for x, axes in zip(arrays, letters, strict=True))
         specs = tuple(self.act(axes) for axes in letters)
-        return jax.shard_map(body, in_specs=specs, out_specs=self.act(out))(*arrays)
+        return on_shards(body, specs, self.act(out))(*arrays)
 
     def per_stage(self, body: Callable, own, shared):
         """`body(own, shared)` on every stage of a pipeline; other mesh axes stay explicit in it, and arrays cut along.

@@ -6,11 +6,24 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparse_lm.mesh import BATCH_AXES, MESH_AXES, TOKEN_AXES, across_slices, make_mesh, mesh_shape
+from sparse_lm.mesh import (
+    BATCH_AXES,
+    MESH_AXES,
+    TOKEN_AXES,
+    across_slices,
+    axis_index,
+    make_mesh,
+    manual_axis_size,
+    max_over,
+    mesh_shape,
+    on_shards,
+    sum_over,
+)
 
 
 def test_tokens_are_cut_over_all_axes_but_those_that_cut_layers_and_widths():
@@ -110,3 +123,21 @@ def test_replicas_are_slices(monkeypatch):
     assert devices.shape == (2, 1, 1, 2, 2, 1, 1) and math.prod(devices.shape) == 8
     for number, replica in enumerate(devices):
         assert {chip.slice_index for chip in replica.flat} == {number}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_shards_have_collectives_where_there_are_several_devices(devices):
+    """What is asked inside of `on_shards` holds on one device as well, where there is no `shard_map`."""
+
+    def body(x):
+        here = axis_index("data") * manual_axis_size("data")
+        most, total = max_over(jnp.max(x), "data"), sum_over(jnp.sum(x), "data")
+        return jnp.full_like(x, here) + most + total
+
+    mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.arange(4.0), NamedSharding(mesh, PartitionSpec("data")))
+        run = on_shards(body, PartitionSpec("data"), PartitionSpec("data"))
+        np.testing.assert_array_equal(jax.jit(run)(x), 9 + np.array([[0, 0, 0, 0], [0, 0, 2, 2]])[devices - 1])
+        assert jax.typeof(run(x)).sharding.spec == PartitionSpec("data")
+        assert ("shard_map" in str(jax.make_jaxpr(run)(x))) == (devices > 1)

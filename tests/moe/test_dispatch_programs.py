@@ -69,6 +69,13 @@ def test_where_weights_move_tokens_do_not(name, gradients):
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
+def test_one_device_exchanges_nothing_with_itself(name):
+    """Inside of a `shard_map` the gradients of weights would be sums over one device, each a pass over all of them."""
+    alone = dispatch_programs.compiled(name, SIZES, make_mesh({}, jax.devices()[:1]), gradients=True)
+    assert dispatch_programs.moves(alone) == {}
+
+
+@pytest.mark.parametrize("name", DISPATCHERS)
 def test_no_array_of_tokens_by_experts_by_slots_but_in_einsum(name):
     tokens, pair = SIZES.size, (SIZES.experts, SIZES.slots)
     found = set()

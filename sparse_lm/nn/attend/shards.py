@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-from sparse_lm.mesh import explicit_mesh, varying
+from sparse_lm.mesh import explicit_mesh, on_shards, varying
 from sparse_lm.nn.attend.context import WHOLE, balanced, exchange, of_pieces
 from sparse_lm.nn.attend.sight import Sight
 from sparse_lm.sharding import Rules
@@ -39,4 +39,4 @@ def per_shard(body: Callable, operands: tuple, sight: Sight, rules: Rules, check
 
     sight = jax.tree.map(lambda x: rules.constrain(x, "B."), sight)  # places are made without a layout
     in_specs = (specs, jax.tree.map(lambda _: rules.act("B."), sight))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=specs[0], check_vma=checked)(operands, sight)
+    return on_shards(local, in_specs, specs[0], checked)(operands, sight)
