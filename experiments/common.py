@@ -1,5 +1,6 @@
 """What the mains share: flags for an experiment, virtual devices, and errors as one line instead of a traceback."""
 
+import gc
 import os
 import sys
 import traceback
@@ -41,6 +42,7 @@ def run(main: Callable[[], None]) -> None:
         from sparse_lm.train.manifest import CheckpointError
 
         keep_freed(os.environ)
+        gc.freeze()  # what is imported stays: parsing the quickstart's text took half of its time to look through it again
         try:
             main()
         except HostsError as error:

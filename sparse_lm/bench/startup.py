@@ -6,6 +6,7 @@ Each measurement is a process of its own, since imports and traces are cached wi
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import subprocess
@@ -157,6 +158,7 @@ def child(start: float) -> None:
     start: `time.perf_counter()` before the package was imported.
     """
     times = [start, time.perf_counter()]
+    gc.freeze()  # as all mains do
     request = json.load(sys.stdin)
     jax.config.update("jax_compilation_cache_dir", request["cache"])
     # By default only what compiles for a second is kept; here the cache is either empty or complete.

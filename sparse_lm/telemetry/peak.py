@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import statistics
 import time
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.mesh import make_mesh
+from sparse_lm.products import einsum
 
 # Dense bfloat16 FLOP/s of one device as its vendor states it, sparsity not counted. A pattern matches the whole
 # `device_kind`; other forms of the same chip (H100 PCIe, H100 NVL) are slower, match nothing, and are measured.
@@ -80,7 +82,7 @@ def matmul_peak(dtype: str = "float32", seconds: float = 0.3, clock: Callable[[]
 def _product(size: int, dtype: str, clock: Callable[[], float]) -> Callable[[], float]:
     """Multiplies two matrices of this size, compiled, and returns the seconds that it took."""
     x = jnp.full((size, size), 1 / size, dtype)
-    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    product = jax.jit(functools.partial(einsum, "MK,KN->MN")).lower(x, x).compile()  # in the form that layers use
     jax.block_until_ready(product(x, x))  # the first call is slower
 
     def timed() -> float:
