@@ -178,7 +178,7 @@ def expert(weights, kind: str, index: int, x, xp):
 
 def routed(config: MoEConfig, weights, kind: str, index: int, x, xp):
     """The same, or a free expert, which come after the others."""
-    if index < config.num_experts:
+    if isinstance(index, jax.core.Tracer) or index < config.num_experts:
         return expert(weights, kind, index, x, xp)
     return oracle_free.expert(config, weights, index - config.num_experts, x, xp)
 
@@ -240,17 +240,21 @@ def layer(problem: Problem) -> Answer:
 
 def _mixed(problem: Problem, weights, x_BLD, mask_T):
     """The routed output of all groups where experts see mixtures of tokens."""
-    assert problem.router.output is not None
+    output = problem.router.output
+    assert output is not None
     x_GSD = x_BLD.reshape(-1, problem.group_size, x_BLD.shape[-1])
     mask_GS = mask_T.reshape(x_GSD.shape[:2])
     with jax.enable_x64(True):
         weights = {name: jnp.asarray(value) for name, value in weights.items()}
-        groups = [
-            problem.router.output(
-                problem, weights, jnp.asarray(x_SD), mask_S, lambda e, x: expert(weights, problem.activation, e, x, jnp)
-            )
-            for x_SD, mask_S in zip(x_GSD, mask_GS, strict=True)
-        ]
+
+        @jax.jit
+        def of_group(weights, x_SD, mask_S):
+            def own(index, x):
+                return expert(weights, problem.activation, index, x, jnp)
+
+            return output(problem, weights, x_SD, mask_S, own)
+
+        groups = [of_group(weights, *group) for group in zip(jnp.asarray(x_GSD), mask_GS, strict=True)]
         y_TD = jnp.concatenate(groups)
     return y_TD
 
@@ -306,7 +310,7 @@ def gradients(problem: Problem, answer: Answer) -> tuple[float, Weights, np.ndar
     )
     with jax.enable_x64(True):
         weights = {name: jnp.asarray(value) for name, value in problem.weights.items()}
-        function = jax.value_and_grad(lambda w, x: _loss(w, x, problem, answer, jnp.asarray(shares_TE)), (0, 1))
+        function = jax.jit(jax.value_and_grad(lambda w, x: _loss(w, x, problem, answer, shares_TE), (0, 1)))
         loss, (d_weights, d_x) = function(weights, jnp.asarray(problem.x_BLD))
         return float(loss), {name: np.asarray(value) for name, value in d_weights.items()}, np.asarray(d_x)
 
@@ -323,11 +327,17 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
     y_TD, worth_E = jnp.zeros_like(x_TD), np.array(oracle_free.worths(config))
     if problem.router.output is not None:
         y_TD = _mixed(problem, weights, x_BLD, problem.mask_BL.reshape(-1))
-    for index in () if problem.router.output is not None else range(len(worth_E)):
-        weight_T = jnp.sum(jnp.where(jnp.asarray(answer.candidate_TK == index), gate_TK, 0.0), axis=-1)
-        chosen_T = np.any((answer.candidate_TK == index) & answer.kept_TK, axis=-1)
+
+    def of_expert(index):
+        chosen_TK = jnp.asarray(answer.candidate_TK) == index
+        weight_T = jnp.sum(jnp.where(chosen_TK, gate_TK, 0.0), axis=-1)
+        chosen_T = jnp.any(chosen_TK & jnp.asarray(answer.kept_TK), axis=-1)
         inner_T, outer_T = (weight_T, chosen_T) if problem.on_input else (jnp.ones_like(weight_T), weight_T)
-        y_TD = y_TD + outer_T[:, None] * routed(config, weights, kind, index, inner_T[:, None] * x_TD, jnp)
+        return outer_T[:, None] * routed(config, weights, kind, index, inner_T[:, None] * x_TD, jnp)
+
+    if problem.router.output is None:
+        y_TD = jnp.sum(jax.vmap(of_expert)(jnp.arange(config.num_experts)), axis=0)
+        y_TD = sum(map(of_expert, range(config.num_experts, len(worth_E))), y_TD)
     y_TD = with_shared(config, weights, kind, x_TD, y_TD, jnp)
     real = jnp.maximum(real_T.sum(), 1)
     balance = (1 / worth_E).sum() * jnp.sum(worth_E * shares_TE * smooth.probability_TE * real_T[:, None]) / real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from oracle_choice import Choice, Group, RouterOracle, Smooth, log_sum_exp, softmax
@@ -52,13 +53,14 @@ def smooth(problem, weights, x_TD, candidate_TK) -> Smooth:
 def output(problem, weights, x_SD, mask_S, expert):
     """The group's output. expert: (index, rows) -> rows."""
     powers_SEC = jnp.exp(_logits(weights, x_SD)) * mask_S[:, None, None]
-    y_SD = jnp.zeros_like(x_SD)
-    for e in range(powers_SEC.shape[1]):
-        for c in range(powers_SEC.shape[2]):
-            dispatch_S = powers_SEC[:, e, c] / jnp.maximum(powers_SEC[:, e, c].sum(), 1e-30)
-            combine_S = powers_SEC[:, e, c] / jnp.maximum(powers_SEC.sum((1, 2)), 1e-30)
-            y_SD = y_SD + combine_S[:, None] * expert(e, (dispatch_S @ x_SD)[None])
-    return y_SD
+    total_S = jnp.maximum(powers_SEC.sum((1, 2)), 1e-30)
+
+    def of_slot(powers_S, e):
+        dispatch_S = powers_S / jnp.maximum(powers_S.sum(), 1e-30)
+        return (powers_S / total_S)[:, None] * expert(e, (dispatch_S @ x_SD)[None])
+
+    of_slots = jax.vmap(jax.vmap(of_slot, (1, None)), (1, 0))
+    return jnp.sum(of_slots(powers_SEC, jnp.arange(powers_SEC.shape[1])), axis=(0, 1))
 
 
 ORACLE = RouterOracle(decide, smooth, output)
