@@ -119,9 +119,9 @@ def platform() -> str:
 def on_shards(body: Callable, in_specs, out_specs, checked: bool = True) -> Callable:
     """`body` on every device's own shards: `jax.shard_map` over the mesh that is set.
 
-    On one device there are no shards, and no `shard_map`, through which gradients of weights would pass as sums over
-    one device each, which XLA for CPU and GPU makes. The functions below know.
-    checked: `check_vma`, whether what differs between devices is declared.
+    On one device there are no shards, and no `shard_map`: in it, gradients of weights would be sums over one device,
+    which XLA for CPU makes. The functions below know. checked: `check_vma`, whether what differs between devices is
+    declared.
     """
     if jax.sharding.get_abstract_mesh().size == 1:
         return jax.sharding.auto_axes(body, out_sharding=out_specs)

@@ -30,6 +30,7 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, state_dtype: str) -> o
         unbiased1, unbiased2 = 1 - beta1**count, 1 - beta2**count
 
         def of_leaf(gradient, mean, square):
+            mean = mean.astype(jnp.float32)
             mean = jnp.where(finite, beta1 * mean + (1 - beta1) * gradient, mean)
             square = jnp.where(finite, beta2 * square + (1 - beta2) * jnp.square(gradient), square)
             if platform() == "cpu":
