@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
         from sparse_lm.train.manifest import CheckpointError
 
         keep_freed(os.environ)
-        gc.freeze()  # what is imported stays: parsing the quickstart's text took half of its time to look through it again
+        gc.freeze()  # what is imported stays; half of the time to read the quickstart's text went into looking through it
         try:
             main()
         except HostsError as error:
