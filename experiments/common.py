@@ -42,7 +42,7 @@ def run(main: Callable[[], None]) -> None:
         from sparse_lm.train.manifest import CheckpointError
 
         keep_freed(os.environ)
-        gc.freeze()  # what is imported stays; half of the time to read the quickstart's text went into looking through it
+        gc.freeze()  # what is imported stays: looking through it took half of the time to read the quickstart text
         try:
             main()
         except HostsError as error:
