@@ -84,9 +84,10 @@ def _sum_over_rows(letters: tuple[str, str, str], one: jax.Array, other: jax.Arr
         (first, one), (second, other) = (second, other), (first, one)
     if bfloat16:
         rows = [letter for letter in first if letter not in result]
-        order = [*(letter for letter in first if letter in second and letter in result)]
-        order += [*(letter for letter in first if letter not in second), *rows]
-        one, first = in_memory(jnp.transpose(one, [first.index(letter) for letter in order])), "".join(order)
+        batch = [letter for letter in first if letter in second and letter in result]
+        own = [letter for letter in first if letter not in second]
+        order = "".join([*batch, *own, *rows])
+        one, first = in_memory(jnp.transpose(one, [first.index(letter) for letter in order])), order
     return _in_order(f"{first},{second}->{result}", one, other, spec)
 
 
