@@ -9,6 +9,7 @@ of their priority, over kept assignments. `gradients` differentiates the same ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -178,7 +179,7 @@ def expert(weights, kind: str, index: int, x, xp):
 
 def routed(config: MoEConfig, weights, kind: str, index: int, x, xp):
     """The same, or a free expert, which come after the others."""
-    if isinstance(index, jax.core.Tracer) or index < config.num_experts:
+    if index < config.num_experts:
         return expert(weights, kind, index, x, xp)
     return oracle_free.expert(config, weights, index - config.num_experts, x, xp)
 
@@ -328,16 +329,18 @@ def _loss(weights, x_BLD, problem: Problem, answer: Answer, shares_TE):
     if problem.router.output is not None:
         y_TD = _mixed(problem, weights, x_BLD, problem.mask_BL.reshape(-1))
 
-    def of_expert(index):
+    def of_expert(index, own):
         chosen_TK = jnp.asarray(answer.candidate_TK) == index
         weight_T = jnp.sum(jnp.where(chosen_TK, gate_TK, 0.0), axis=-1)
         chosen_T = jnp.any(chosen_TK & jnp.asarray(answer.kept_TK), axis=-1)
         inner_T, outer_T = (weight_T, chosen_T) if problem.on_input else (jnp.ones_like(weight_T), weight_T)
-        return outer_T[:, None] * routed(config, weights, kind, index, inner_T[:, None] * x_TD, jnp)
+        return outer_T[:, None] * own(index, inner_T[:, None] * x_TD, jnp)
 
     if problem.router.output is None:
-        y_TD = jnp.sum(jax.vmap(of_expert)(jnp.arange(config.num_experts)), axis=0)
-        y_TD = sum(map(of_expert, range(config.num_experts, len(worth_E))), y_TD)
+        with_weights = jax.vmap(lambda index: of_expert(index, functools.partial(expert, weights, kind)))
+        y_TD = jnp.sum(with_weights(jnp.arange(config.num_experts)), axis=0)
+        for index in range(config.num_experts, len(worth_E)):
+            y_TD = y_TD + of_expert(index, functools.partial(routed, config, weights, kind))
     y_TD = with_shared(config, weights, kind, x_TD, y_TD, jnp)
     real = jnp.maximum(real_T.sum(), 1)
     balance = (1 / worth_E).sum() * jnp.sum(worth_E * shares_TE * smooth.probability_TE * real_T[:, None]) / real
