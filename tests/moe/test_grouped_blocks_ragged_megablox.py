@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sparse_lm.config import ConfigError
 from sparse_lm.moe.grouped import KERNELS, Layout, grouped_product, kernel_of
-from sparse_lm.moe.grouped.blocks import Blocks, block_size
+from sparse_lm.moe.grouped.blocks import Blocks, block_size, most_together
 from sparse_lm.moe.grouped.megablox import Megablox, tile_rows, tile_width
 from sparse_lm.moe.grouped.ragged import RaggedDot, Tokamax
 
@@ -101,9 +101,17 @@ def test_there_is_always_room_for_blocks(counts):
     np.testing.assert_array_equal(layout.first_E, np.cumsum(layout.number_E) - layout.number_E)
 
 
-@pytest.mark.parametrize(("rows", "experts", "size"), [(8192, 8, 128), (8192, 128, 32), (16, 8, 8), (1, 64, 8)])
+@pytest.mark.parametrize(("rows", "experts", "size"), [(8192, 8, 32), (8192, 128, 16), (8192, 256, 8), (1, 64, 8)])
 def test_blocks_shrink_where_they_would_be_half_empty(rows, experts, size):
     assert block_size(rows, experts) == size
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "together"), [(8192, 8, 32), (8192, 32, 8), (4096, 64, 8), (65_536, 8, 32), (8, 2, 2), (1, 8, 8)]
+)
+def test_the_largest_product_is_that_of_an_even_load(rows, experts, together):
+    layout = Blocks().layout(jnp.asarray([rows, *[0] * (experts - 1)], jnp.int32), rows)
+    assert most_together(layout) == together
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Grouped products as loops over blocks of rows that are ordinary matrix products: for CPUs, and right anywhere.
 
 The loops run as often as there are blocks in use: work follows the loads, whatever they are. Neighbouring blocks of an
-expert are multiplied together, up to `TOGETHER`, as the binary digits of their number say.
+expert are multiplied together, as the binary digits of their number say: blocks can be small, products need not be.
 """
 
 from __future__ import annotations
@@ -17,16 +17,27 @@ from sparse_lm.mesh import varying
 from sparse_lm.moe.grouped.layout import Kernel, Layout
 from sparse_lm.products import einsum
 
-BLOCK = 128  # rows; a token batch that is small beside E blocks uses smaller ones, see `block_size`
-TOGETHER = 8  # blocks in one product at most; a power of two
+BLOCK = 32  # rows; few rows for each expert make smaller ones, see `block_size`
+PRODUCT = (128, 1024)  # the fewest and the most rows that a product may have; powers of two, see `most_together`
 
 
 def block_size(rows: int, experts: int) -> int:
-    """`BLOCK`, or less where half-empty last blocks would be more than about a quarter of the work; at least 8."""
+    """`BLOCK`, or less where half-empty last blocks would be more than about an eighth of the work; at least 8."""
     size = BLOCK
-    while size > 8 and 2 * size * experts > rows:
+    while size > 8 and 4 * size * experts > rows:
         size //= 2
     return size
+
+
+def most_together(layout: Layout) -> int:
+    """Blocks of the largest product: an expert's where loads are even, a power of two, and within `PRODUCT`.
+
+    Each power of two up to it is a product of its own in the program.
+    """
+    fewest, most = (rows // layout.size for rows in PRODUCT)
+    even = layout.total // layout.first_E.shape[0]
+    together = min(max(even, fewest), most, layout.total)  # and no product has more rows than there are
+    return 1 << together.bit_length() - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +94,7 @@ def _over_rows(of_rows: Callable[[jax.Array, int, Any], Any], expert: jax.Array,
     """`carry = of_rows(first row, number of rows, carry)` over all blocks of an expert, several of them at a time."""
     number = jnp.where(layout.fits, layout.number_E[expert], 0)
     done = jnp.zeros_like(number)
-    most = together = min(TOGETHER, 1 << layout.total.bit_length() - 1)  # no product has more rows than there are
+    most = together = most_together(layout)
     while together:
         times = number // together if together == most else number // together % 2
 
