@@ -29,7 +29,7 @@ train: $(VENV)/.installed  ## set up, then train CONFIG (the quickstart) in WORK
 test: $(VENV)/.installed-dev  ## set up, then run every test that is not marked slow
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.installed-dev  ## run the slow tests as well
+test-all: $(VENV)/.installed-test-all  ## run the slow tests as well (the compiler for GPUs: 1 GB more)
 	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, format and types
@@ -74,6 +74,11 @@ $(VENV)/.installed-dev: setup.py pyproject.toml | $(VENV)/.created
 	@echo "Installing sparse_lm and its development tools into $(VENV) (some minutes the first time) ..."
 	$(PIP_INSTALL) ".[dev]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-test-all: setup.py pyproject.toml | $(VENV)/.created
+	@echo "Installing sparse_lm, its development tools and the compiler for GPUs into $(VENV) ..."
+	$(PIP_INSTALL) ".[dev,gpu-plan]"
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
 
 $(VENV)/.installed-tpu-plan: setup.py pyproject.toml | $(VENV)/.created
 	@echo "Installing sparse_lm and the compiler for TPUs into $(VENV) (0.7 GB more) ..."

@@ -34,6 +34,7 @@ setup(
         "cuda12": ["jax[cuda12]"],  # for drivers before 580
         "tpu": ["jax[tpu]"],
         "tpu-plan": ["jax[tpu]"],  # the compiler alone, on a host without a TPU: a wheel of 213 MB, 684 MB on disk
+        "gpu-plan": ["triton>=3.5; platform_system == 'Linux'"],  # a compiler, for slow tests: 1 GB on disk
         "ray": ["ray>=2.50"],
         "dev": [
             "beartype>=0.18",

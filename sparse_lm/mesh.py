@@ -28,6 +28,7 @@ MESH_AXES = ("replica", "stage", "data", "fsdp", "expert", "context", "model")
 BATCH_AXES = ("replica", "data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
 _EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
+_RENAMED = hasattr(jax.typeof(0), "manual_axis_type")  # what differs between devices, `vma` before jax 0.10
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
@@ -161,8 +162,13 @@ def varying(x: jax.Array) -> jax.Array:
     """
     if not _shards():
         return x
-    mesh = jax.sharding.get_abstract_mesh()
-    aval = jax.typeof(x)
-    known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma  # renamed in jax 0.10
+    mesh, aval = jax.sharding.get_abstract_mesh(), jax.typeof(x)
+    known = aval.manual_axis_type.varying if _RENAMED else aval.vma
     missing = tuple(axis for axis in mesh.axis_names if axis not in known and axis != "stage")
     return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def shape_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What a Pallas call returns, declared to differ between devices as `x` does."""
+    name = "manual_axis_type" if _RENAMED else "vma"
+    return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(jax.typeof(x), name)})

@@ -9,10 +9,12 @@ import pytest
 from dispatch_cases import LOADS, D, E, G, K, S, assert_close, with_gradients
 
 from sparse_lm.moe.dispatch.dense import Dense
+from sparse_lm.moe.dispatch.dropless import Dropless
 from sparse_lm.moe.dispatch.ragged_all_to_all import RaggedAllToAll
 from sparse_lm.moe.experts import Experts
 from sparse_lm.moe.grouped import KERNELS
 from sparse_lm.moe.grouped.megablox import Megablox
+from sparse_lm.moe.grouped.triton import Triton
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
 from sparse_lm.sharding import DEFAULT
@@ -51,9 +53,10 @@ def test_further_windows_in_chunks_with_copies_and_replicas(mesh_of):
 
 
 @pytest.mark.parametrize("room", [0.4, 2.0])
-@pytest.mark.parametrize("kernel", ["ragged_dot", "megablox"])
+@pytest.mark.parametrize("kernel", ["ragged_dot", "megablox", "triton"])
 def test_every_kernel_on_a_mesh(kernel, room, mesh, monkeypatch):
     monkeypatch.setitem(KERNELS, "megablox", Megablox(interpret=True))
+    monkeypatch.setitem(KERNELS, "triton", Triton(interpret=True))
     blocks = RaggedAllToAll(SlotRule(1), DEFAULT)
     windows = RaggedAllToAll(SlotRule(1), DEFAULT, kernel, exchange_room=room)
     got = with_gradients(windows, mesh, LOADS["mixed"], "input")
@@ -80,3 +83,21 @@ def test_which_kernels_the_shard_map_cannot_check():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KERNELS, "megablox", Megablox(interpret=True))
         assert [checked(name) for name in ("auto", "blocks", "ragged_dot", "megablox")] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("cls", [Dropless, RaggedAllToAll])
+def test_what_differs_between_gpus_is_declared(cls, mesh, monkeypatch):
+    monkeypatch.setattr(Triton, "refusal", lambda self, platform: None)
+    experts = Experts(jax.random.key(1), (E, D, 8), "swiglu")
+
+    def total(x_GSD, experts, expert_GSK):
+        decision = TokenChoice(expert_GSK, DEFAULT.constrain(jnp.ones(expert_GSK.shape), "GSK"))
+        return jnp.sum(cls(SlotRule(1), DEFAULT, "triton")(experts, x_GSD, decision)[0])
+
+    with jax.set_mesh(mesh):
+        expert_GSK = DEFAULT.constrain(jnp.asarray(LOADS["mixed"], jnp.int32), "GSK")
+        arguments = DEFAULT.constrain(jnp.ones((G, S, D)), "GSD"), DEFAULT.shard_parameters(experts), expert_GSK
+        traced = jax.jit(jax.grad(total, (0, 1))).trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "check_vma=True" in str(traced.jaxpr) and "check_vma=False" not in str(traced.jaxpr)
+    assert text.count("__gpu$xla.gpu.triton") == 2 + 2 * 3  # of a sum: the last product itself is not needed

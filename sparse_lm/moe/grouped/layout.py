@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -74,21 +73,26 @@ class Layout:
         return jnp.where(used_R1 & self.fits, y_RF, other)
 
     @property
+    def expert_of_block(self) -> jax.Array:
+        """The expert of each block; the last one for blocks that are not in use."""
+        end_E = self.first_E + self.number_E
+        before_it = jnp.arange(self.total)[:, None] >= end_E
+        return jnp.minimum(jnp.sum(before_it, axis=1, dtype=jnp.int32), end_E.shape[0] - 1)
+
+    @property
     def expert_R(self) -> Int[Array, "R"]:
-        """The expert of each row; the last one for rows that are not in use."""
-        block_R = jnp.arange(self.rows, dtype=jnp.int32) // self.size
-        after_RE = block_R[:, None] >= (self.first_E + self.number_E)[None]
-        return jnp.minimum(jnp.sum(after_RE, axis=1, dtype=jnp.int32), self.first_E.shape[0] - 1)
+        """The expert of each row."""
+        return jnp.repeat(self.expert_of_block, self.size, total_repeat_length=self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(abc.ABC):
-    """One way to compute grouped products.
+    """One way to compute grouped products."""
 
-    checked: whether the `shard_map` around it can check which results differ between devices (`check_vma`).
-    """
-
-    checked: ClassVar[bool] = True
+    @property
+    def checked(self) -> bool:
+        """Whether the `shard_map` around it can check which results differ between devices (`check_vma`)."""
+        return True
 
     def refusal(self, platform: str) -> str | None:
         """Why it cannot run on `cpu`, `gpu` or `tpu`; None if it can."""

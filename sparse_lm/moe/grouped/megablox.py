@@ -30,7 +30,10 @@ class Megablox(Kernel):
 
     interpret: bool = False
 
-    checked = False  # its Pallas calls do not declare which results differ between devices
+    @property
+    def checked(self):
+        """See `Kernel.checked`: its Pallas calls do not declare which results differ between devices."""
+        return False
 
     def refusal(self, platform):
         """See `Kernel.refusal`."""

@@ -46,7 +46,10 @@ class RaggedDot(Kernel):
 class Tokamax(RaggedDot):
     """The kernels of https://github.com/openxla/tokamax, which chooses one of its own for the device."""
 
-    checked = False  # its Pallas calls do not declare which results differ between devices
+    @property
+    def checked(self):
+        """See `Kernel.checked`: its Pallas calls do not declare which results differ between devices."""
+        return False
 
     def refusal(self, platform):
         """See `Kernel.refusal`."""
