@@ -24,6 +24,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from sparse_lm.mesh import explicit_mesh, platform, varying
 
 _DTYPES = ({"bfloat16"}, {"float32"})
+_Named = tuple[str, jax.Array]  # the letters of an operand's axes, and the operand
 
 
 def einsum(subscripts: str, *operands: jax.Array, out_sharding=None, dtype=None) -> jax.Array:
@@ -57,38 +58,43 @@ def _forward(subscripts, x, w, out_sharding, dtype):
 def _backward(subscripts, out_sharding, dtype, saved, dy):
     x, w = saved
     dy = dy.astype(x.dtype)
-    inputs, result = subscripts.split("->")
-    left, right = inputs.split(",")
+    left, right, result = _letters(subscripts)
     specs = [None if out_sharding is None else jax.typeof(one).sharding.spec for one in saved]
     dx = _product(f"{result},{right}->{left}", dy, w, specs[0])
     dw = _product(f"{left},{result}->{right}", x, dy, specs[1])
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-def _product(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Array:
-    """In float32."""
+def _letters(subscripts: str) -> tuple[str, str, str]:
+    """Those of both operands and of the result."""
     inputs, result = subscripts.split("->")
     first, second = inputs.split(",")
+    return first, second, result
+
+
+def _product(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Array:
+    """In float32."""
+    first, second, result = _letters(subscripts)
     if first[-1] in result and second[-1] in result:  # rows are summed over
-        return _sum_over_rows((first, second, result), one, other, spec)
-    return _in_order(subscripts, one, other, spec)
+        return _sum_over_rows((first, one), (second, other), result, spec)
+    return _in_order((first, one), (second, other), result, spec)
 
 
-def _sum_over_rows(letters: tuple[str, str, str], one: jax.Array, other: jax.Array, spec) -> jax.Array:
+def _sum_over_rows(left: _Named, right: _Named, result: str, spec) -> jax.Array:
     """The product whose first operand has to be turned round: the one that takes less moving in all."""
-    first, second, result = letters
+    (first, one), (second, other) = left, right
     bfloat16 = one.dtype == jnp.bfloat16
     sizes = dict(zip(first + second, one.shape + other.shape, strict=True))
     turned_result = 2 * math.prod(sizes[letter] for letter in result) if bfloat16 else 0
     if one.size > other.size + turned_result:
-        (first, one), (second, other) = (second, other), (first, one)
+        (first, one), (second, other) = right, left
     if bfloat16:
         rows = [letter for letter in first if letter not in result]
         batch = [letter for letter in first if letter in second and letter in result]
         own = [letter for letter in first if letter not in second]
         order = "".join([*batch, *own, *rows])
         one, first = in_memory(jnp.transpose(one, [first.index(letter) for letter in order])), order
-    return _in_order(f"{first},{second}->{result}", one, other, spec)
+    return _in_order((first, one), (second, other), result, spec)
 
 
 def in_memory(x: jax.Array) -> jax.Array:
@@ -96,17 +102,15 @@ def in_memory(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _in_order(subscripts: str, one: jax.Array, other: jax.Array, spec) -> jax.Array:
+def _in_order(left: _Named, right: _Named, result: str, spec) -> jax.Array:
     """`jnp.einsum`, which would exchange its operands where that saves turning the result round."""
-    inputs, result = subscripts.split("->")
-    first, second = inputs.split(",")
+    (first, one), (second, other) = left, right
     shared = [letter for letter in first if letter in second]
     natural = [letter for letter in dict.fromkeys([*shared, *first, *second]) if letter in result]
     if spec is not None:
         spec = type(spec)(*(spec[result.index(letter)] for letter in natural))
-    product = jnp.einsum(
-        f"{inputs}->{''.join(natural)}", one, other, out_sharding=spec, preferred_element_type=jnp.float32
-    )
+    subscripts = f"{first},{second}->{''.join(natural)}"
+    product = jnp.einsum(subscripts, one, other, out_sharding=spec, preferred_element_type=jnp.float32)
     if one.dtype == jnp.bfloat16:  # XLA fails where it would rather have such a product turned round
         product = in_memory(product)
     return jnp.transpose(product, [natural.index(letter) for letter in result])

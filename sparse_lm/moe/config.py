@@ -166,10 +166,9 @@ class MoEConfig(Config):
                 self.exchange_chunks,
                 f"{self.dispatcher} exchanges nothing; use 1, or dispatcher={moving}",
             )
-        ragged = DISPATCHERS[self.dispatcher].moves_tokens and not has_capacity
         for name in ("hot_copies", "exchange_room"):
             unused = getattr(MoEConfig, name)
-            if not ragged and getattr(self, name) != unused:
+            if not self.exchanges_ragged and getattr(self, name) != unused:
                 why = "has the same room for every expert" if has_capacity else "exchanges nothing"
                 what = f"{self.dispatcher} {why}; use {unused}, or dispatcher=ragged_all_to_all"
                 raise ConfigError(name, getattr(self, name), what)
@@ -191,6 +190,11 @@ class MoEConfig(Config):
                 self.capacity_factor_eval,
                 f"slots have weights with router.kind={kind}, so their number is fixed; use {self.capacity_factor}",
             )
+
+    @property
+    def exchanges_ragged(self) -> bool:
+        """Whether tokens move to their experts as many as there are: where rooms and copies mean something."""
+        return DISPATCHERS[self.dispatcher].moves_tokens and not DISPATCHERS[self.dispatcher].has_capacity
 
     def router_shape(self, d_model: int) -> RouterShape:
         """What the router is told about the layer."""

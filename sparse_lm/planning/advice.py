@@ -103,7 +103,7 @@ def _smaller_pieces(experiment: Experiment) -> Iterator[Changes]:
     model, moe = experiment.model, experiment.model.moe
     if model.loss_chunk is None:
         yield {"model.loss_chunk": LOSS_CHUNK}
-    if moe is not None and moe.dispatcher == "ragged_all_to_all" and moe.exchange_room > 1:
+    if moe is not None and moe.exchanges_ragged and moe.exchange_room > 1:
         yield {"model.moe.exchange_room": 1.0}
 
 
