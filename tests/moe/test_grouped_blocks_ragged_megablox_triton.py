@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.machinery
@@ -12,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxlib.mlir import ir
-from jaxlib.triton import dialect
 
 from sparse_lm.config import ConfigError
 from sparse_lm.moe.grouped import KERNELS, Layout, grouped_product, kernel_of
@@ -202,39 +202,61 @@ def test_triton_is_refused_on_gpus_that_are_too_old_and_auto_takes_blocks(monkey
         kernel_of("triton", "tpu")
 
 
-def triton_programs(rows, shape, dtype):
-    """What Triton gets for forward and both gradients, as text; a value of a wrong type raises."""
+def triton_calls(kernel, rows, shape, dtype):
+    """What Triton gets for forward and both gradients."""
     experts, inner, outer = shape
-    kernel = Triton()
     layout = kernel.layout(jnp.full((experts,), rows // experts, jnp.int32), rows)
     kinds = (((layout.rows, inner), dtype), (shape, dtype), ((layout.rows, outer), dtype))
     arguments = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
-    lowered = jax.jit(with_gradients, static_argnums=0).trace(kernel, *arguments, layout)
-    return verified(lowered.lower(lowering_platforms=("cuda",)).compiler_ir())
+    lowered = with_gradients.trace(kernel, *arguments, layout).lower(lowering_platforms=("cuda",))
+    return list(triton_machine.calls(lowered.compiler_ir().operation))
 
 
-def verified(module):
-    def calls(operation):
-        for inner in (op.operation for region in operation.regions for block in region for op in block):
-            if "mhlo.backend_config" in inner.attributes:
-                yield ir.DictAttr(inner.attributes["mhlo.backend_config"])
-            yield from calls(inner)
+class Machine(Triton):
+    """Triton's own programs, executed by `triton_machine`."""
 
-    texts = []
-    for call in calls(module.operation):
-        assert str(call["name"]) == '"kernel"'
-        with ir.Context() as context:
-            dialect.register_dialect(context)
-            program = ir.Module.parse(ir.StringAttr(call["ir"]).value_bytes)
-            assert program.operation.verify()
-            texts.append(program.operation.get_asm(print_generic_op_form=True))
-    return texts
+    def _call(self, kernel, result, grid, operands):
+        function = jax.jit(functools.partial(Triton()._call, kernel, result, grid))
+        lowered = function.trace(operands).lower(lowering_platforms=("cuda",))
+        (call,) = triton_machine.calls(lowered.compiler_ir().operation)
+        assert call.grid == (*grid, 1)[:3]
+        written = np.full(result.shape, np.inf, result.dtype)  # stays where nothing is written
+        triton_machine.execute(call, [*(np.asarray(one).reshape(-1) for one in operands), written.reshape(-1)])
+        return jnp.asarray(written)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("counts", [[20, 0, 33], [0, 0, 0], [0, 64, 0]])
+@pytest.mark.parametrize(("inner", "outer"), [(24, 40), (128, 300)])
+def test_the_programs_that_triton_gets_compute_every_product(counts, inner, outer, dtype):
+    kernel, rng = Machine(), np.random.default_rng(0)
+    layout = kernel.layout(jnp.asarray(counts, jnp.int32), 64)
+    x, expert = placed(counts, layout, rng, inner)
+    dy = np.where(expert[:, None] >= 0, rng.normal(size=(len(x), outer)), 0)
+    x, w, dy = (jnp.asarray(one, dtype) for one in (x, rng.normal(size=(len(counts), inner, outer)), dy))
+    one_hot, exact = expert[:, None] == np.arange(len(counts)), [np.asarray(one, np.float64) for one in (x, w, dy)]
+    found = kernel.times(x, w, layout, False), kernel.times(dy, w, layout, True), kernel.outer(x, dy, layout, w.dtype)
+    wanted = (
+        np.einsum("re,rd,edf->rf", one_hot, exact[0], exact[1]),
+        np.einsum("re,rf,edf->rd", one_hot, exact[2], exact[1]),
+        np.einsum("re,rd,rf->edf", one_hot, exact[0], exact[2]),
+    )
+    rounding = 2.0**-8 if dtype == "bfloat16" else 1e-5
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=rounding, atol=1e-4)
+
+
+def test_the_programs_that_triton_gets_give_nan_where_counts_do_not_fit():
+    kernel = Machine()
+    layout = dataclasses.replace(kernel.layout(jnp.asarray([20, 33]), 64), total=3)
+    y = kernel.times(jnp.ones((layout.rows, 24)), jnp.ones((2, 24, 40)), layout, False)
+    assert y.shape == (48, 40) and bool(jnp.all(jnp.isnan(y)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(8, 512, 1024), (4, 24, 40)], ids=["whole tiles", "parts of tiles"])
 def test_triton_gets_a_program_for_each_product(shape, dtype):
-    times, back, outer = triton_programs(8192, shape, dtype)
+    times, back, outer = (triton_machine.text(call.program) for call in triton_calls(Triton(), 8192, shape, dtype))
     for program in (times, back, outer):
         assert program.count("tt.dot") == program.count("scf.for") == program.count("tt.store") == 1
     assert "tt.trans" not in times and back.count("tt.trans") == outer.count("tt.trans") == 1
@@ -246,9 +268,9 @@ def test_triton_gets_a_program_for_each_product(shape, dtype):
 @pytest.mark.parametrize("shape", [(8, 512, 1024), (4, 24, 40), (32, 2880, 2880)])
 def test_triton_compiles_them_for_gpus_that_are_not_here(shape, dtype, capability, tmp_path):
     triton, compiler = (importlib.import_module(name) for name in ("triton", "triton.backends.compiler"))  # large
-    for number, program in enumerate(triton_programs(16_384, shape, dtype)):
+    for number, call in enumerate(triton_calls(Triton(), 16_384, shape, dtype)):
         path = tmp_path / f"{number}.ttir"
-        path.write_text(program)
+        path.write_text(triton_machine.text(call.program))
         target = compiler.GPUTarget("cuda", capability, 32)
         compiled = triton.compile(str(path), target=target, options=OPTIONS)
         assert compiled.asm["cubin"]

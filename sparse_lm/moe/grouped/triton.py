@@ -99,8 +99,9 @@ class Triton(Kernel):
         down, across = _tile(inner, WIDTH), _tile(outer, WIDTH)
         summed = min(layout.size, SUMMED_BYTES // x_RD.dtype.itemsize)
 
-        def kernel(first_E, number_E, x_RD, dy_RF, dw_EDF):
-            expert, first = pl.program_id(2), first_E[pl.program_id(2)]
+        def kernel(first_E, steps_E, x_RD, dy_RF, dw_EDF):
+            expert = pl.program_id(2)
+            first = first_E[expert]
             here = pl.ds(pl.program_id(1) * down, down), pl.ds(pl.program_id(0) * across, across)
 
             def add(step, total):
@@ -109,16 +110,16 @@ class Triton(Kernel):
                 return total + _dot(x.T, dy)
 
             zeros = jnp.zeros((down, across), jnp.float32)
-            total = jax.lax.fori_loop(0, number_E[expert] // summed, add, zeros)
+            total = jax.lax.fori_loop(0, steps_E[expert], add, zeros)
             _store(dw_EDF.at[expert, *here], total.astype(dtype), (inner, outer))
 
         experts = layout.first_E.shape[0]
-        number_E = jnp.where(layout.fits, layout.number_E, 0)
+        steps_E = jnp.where(layout.fits, layout.number_E * (layout.size // summed), 0)
         return self._call(
             kernel,
             shape_like(x_RD, (experts, inner, outer), dtype),
             (pl.cdiv(outer, across), pl.cdiv(inner, down), experts),
-            (layout.first_row_E, number_E * layout.size, x_RD, dy_RF),
+            (layout.first_row_E, steps_E, x_RD, dy_RF),
         )
 
     def _call(self, kernel, result: jax.ShapeDtypeStruct, grid: tuple[int, ...], operands: tuple) -> jax.Array:
