@@ -9,6 +9,7 @@ python experiments/bench.py experts                [--tokens=4096 --dtype=bfloat
 Without a name all of them run with --quick: small sizes and few repeats, to see that they run. The name comes first.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def main() -> None:
     if LIST.value:
         print(summary())
         return
+    if AGAINST.value:  # on a GPU jax would take three quarters of the memory, which the other side shares
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     quick = NAME is None if QUICK.value is None else QUICK.value
     config, other = experiment(CONFIG.value), (AGAINST.value, PYTHON.value, BATCH.value)
     options = Options(config, quick, REPEATS.value, TOKENS.value, DTYPE.value, ACTIVATION.value, *other)

@@ -1,4 +1,4 @@
-"""Our train step against the one of Hugging Face transformers' Mixtral, of the same model, in turn on the same cores.
+"""Our train step against the one of Hugging Face transformers' Mixtral, of the same model, in turn on the same device.
 
 The other side is a process of another Python environment (`hf_mixtral.py`), so that torch is no part of this one. While
 one side computes the other waits: for its pipe, or for its turn.
@@ -20,7 +20,7 @@ from sparse_lm.bench.steps import stepper
 from sparse_lm.config import ConfigError
 from sparse_lm.data.config import DataConfig
 from sparse_lm.experiment import Experiment
-from sparse_lm.mesh import make_mesh
+from sparse_lm.mesh import make_mesh, platform
 from sparse_lm.models.config import ModelConfig
 from sparse_lm.models.counts import count
 from sparse_lm.moe.config import MoEConfig
@@ -60,6 +60,8 @@ class Sizes:
     batch: int = 8
 
 
+# On a GPU: 3.7B parameters, of which a token uses 1.2B. Weights, gradients and moments take 58 GB on each side.
+CARD = Sizes(d_model=2048, num_layers=12, d_expert=5632, num_heads=16, length=2048, batch=4)
 QUICK = Sizes(d_model=64, num_layers=2, d_expert=128, num_heads=4, vocab_size=256, length=64, batch=2)
 
 
@@ -126,7 +128,7 @@ def train_step_against(options: Options) -> list[Comparison]:
     frameworks' own matrix products, measured before and after. Raises `ConfigError` when `options.python` is no Python,
     and `OtherSideError` when its process fails, as without torch and transformers.
     """
-    sizes = QUICK if options.quick else Sizes()
+    sizes = QUICK if options.quick else CARD if device() == "cuda" else Sizes()
     if options.batch is not None:
         sizes = dataclasses.replace(sizes, batch=options.batch)
     repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
@@ -138,6 +140,11 @@ def train_step_against(options: Options) -> list[Comparison]:
         rows = [_compare(sizes, dtype, dispatcher, (remote, label), repeats) for dispatcher in DISPATCHERS]
         peak = max(*peaks, matmul_peak(dtype), remote.ask("peak")["peak"])
     return [dataclasses.replace(row, peak=peak) for row in rows]
+
+
+def device() -> str:
+    """Where both sides compute, as torch calls it."""
+    return "cuda" if platform() == "gpu" else "cpu"
 
 
 def fastest(python: str | None, sizes: Sizes, dtype: str) -> tuple[str, str]:
@@ -156,7 +163,7 @@ def command_of(python: str | None, sizes: Sizes, dtype: str, implementation: str
     """How the other side is started. Raises `ConfigError` when `python` is not a file."""
     if python is None or not Path(python).is_file():
         raise ConfigError("python", python, "must be the python of an environment with torch and transformers")
-    options = {**dataclasses.asdict(sizes), "dtype": dtype, "experts": implementation}
+    options = {**dataclasses.asdict(sizes), "dtype": dtype, "experts": implementation, "device": device()}
     return ["env", *ENVIRONMENT, python, "-P", str(SCRIPT), *(f"--{name}={value}" for name, value in options.items())]
 
 

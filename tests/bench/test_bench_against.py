@@ -11,6 +11,7 @@ import tiny
 
 from sparse_lm.bench import against
 from sparse_lm.bench.against import (
+    CARD,
     DISPATCHERS,
     ENVIRONMENT,
     QUICK,
@@ -141,7 +142,7 @@ def test_the_script_takes_what_it_is_given():
     command = command_of(sys.executable, QUICK, "bfloat16", "eager")
     assert command[: len(ENVIRONMENT) + 3] == ["env", *ENVIRONMENT, sys.executable, "-P"]
     given = {argument.partition("=")[0] for argument in command if argument.startswith("--")}
-    assert given == {f"--{field.name}" for field in dataclasses.fields(Sizes)} | {"--dtype", "--experts"}
+    assert given == {f"--{field.name}" for field in dataclasses.fields(Sizes)} | {"--dtype", "--experts", "--device"}
     # Read, not imported: there is no torch here.
     tree = ast.parse(against.SCRIPT.read_text(encoding="utf-8"))
     words = {
@@ -150,6 +151,20 @@ def test_the_script_takes_what_it_is_given():
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert {name.removeprefix("--") for name in given} <= words
+
+
+def test_on_a_gpu_the_other_side_computes_there_too_with_a_model_that_fills_it(monkeypatch):
+    monkeypatch.setattr(against, "platform", lambda: "gpu")
+    asked = []
+    monkeypatch.setattr(against, "fastest", lambda python, sizes, dtype: asked.append(sizes) or ("eager", ""))
+    assert "--device=cuda" in command_of(sys.executable, CARD, "bfloat16", "eager")
+    with pytest.raises(ConfigError):
+        train_step_against(Options(tiny.experiment(), python=None))
+    assert asked == [CARD]
+    counts = count(experiment_of(CARD, "bfloat16", "dropless").model)
+    assert round(counts.total / 1e9, 1) == 3.7
+    assert round(counts.active / 1e9, 1) == 1.2
+    assert round(16 * counts.total / 1e9) == 58
 
 
 @pytest.mark.parametrize("python", [None, "/nowhere/python"])

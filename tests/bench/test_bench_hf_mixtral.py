@@ -45,9 +45,9 @@ clip = lambda parameters, most: said.append(f"clip {most}")
 nn = types.SimpleNamespace(Module=object, utils=types.SimpleNamespace(clip_grad_norm_=clip))
 manual_seed = lambda seed: None
 get_num_threads = lambda: 2
-randint = lambda most, shape: Tokens(*shape)
-full = lambda shape, value, dtype: dtype
-matmul = lambda a, b: None
+randint = lambda most, shape, device: Tokens(*shape)
+full = lambda shape, value, dtype, device: dtype
+matmul = lambda a, b: {(0, 0): 1.0}
 """
 TRANSFORMERS = """
 import types, torch
@@ -56,6 +56,9 @@ MixtralConfig = lambda **options: types.SimpleNamespace(**options)
 
 class Model:
     def __init__(self, config, experts): self.config, self.experts, self.steps = config, experts, 0
+    def to(self, device):
+        assert device == "cpu"
+        return self
     def train(self): return self
     def parameters(self): return [types.SimpleNamespace(numel=lambda: 10), types.SimpleNamespace(numel=lambda: 5)]
     def __call__(self, input_ids, labels, shift_labels):
