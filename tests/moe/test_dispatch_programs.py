@@ -137,7 +137,7 @@ def in_blocks(rows, experts):
 def close(name, gradients, sizes=SIZES):
     measured = program(name, gradients, sizes).memory_analysis().temp_size_in_bytes
     ratio = measured / expected(name, gradients, sizes)
-    assert 0.6 < ratio < 1.05, f"{measured:,} bytes, {ratio:.2f} of the formula"  # indices and masks are not in it
+    assert 0.6 < ratio < 1.08, f"{measured:,} bytes, {ratio:.2f} of the formula"  # indices and masks are not in it
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
