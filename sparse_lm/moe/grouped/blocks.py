@@ -18,7 +18,7 @@ from sparse_lm.moe.grouped.layout import Kernel, Layout
 from sparse_lm.products import einsum
 
 BLOCK = 32  # rows; few rows for each expert make smaller ones, see `block_size`
-PRODUCT = (128, 1024)  # the fewest and the most rows that a product may have; powers of two, see `most_together`
+LARGEST = (128, 1024)  # rows of the largest product, at least and at most; powers of two, see `most_together`
 
 
 def block_size(rows: int, experts: int) -> int:
@@ -30,11 +30,11 @@ def block_size(rows: int, experts: int) -> int:
 
 
 def most_together(layout: Layout) -> int:
-    """Blocks of the largest product: an expert's where loads are even, a power of two, and within `PRODUCT`.
+    """Blocks of the largest product: an expert's where loads are even, a power of two, and within `LARGEST`.
 
     Each power of two up to it is a product of its own in the program.
     """
-    fewest, most = (rows // layout.size for rows in PRODUCT)
+    fewest, most = (rows // layout.size for rows in LARGEST)
     even = layout.total // layout.first_E.shape[0]
     together = min(max(even, fewest), most, layout.total)  # and no product has more rows than there are
     return 1 << together.bit_length() - 1
