@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from dispatch_cases import LOADS, D, E, G, K, S, assert_close, with_gradients
 
+from sparse_lm.experiment import resolved
 from sparse_lm.moe.dispatch.dense import Dense
 from sparse_lm.moe.dispatch.dropless import Dropless
 from sparse_lm.moe.dispatch.ragged_all_to_all import RaggedAllToAll
@@ -17,6 +19,7 @@ from sparse_lm.moe.grouped.megablox import Megablox
 from sparse_lm.moe.grouped.triton import Triton
 from sparse_lm.moe.slots import SlotRule
 from sparse_lm.moe.types import TokenChoice
+from sparse_lm.planning.plan import abstract_state, trace_step
 from sparse_lm.sharding import DEFAULT
 
 
@@ -101,3 +104,21 @@ def test_what_differs_between_gpus_is_declared(cls, mesh, monkeypatch):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "check_vma=True" in str(traced.jaxpr) and "check_vma=False" not in str(traced.jaxpr)
     assert text.count("__gpu$xla.gpu.triton") == 2 + 2 * 3  # of a sum: the last product itself is not needed
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "remat", "sizes"),
+    [("dropless", "full", {"model": 2}), ("ragged_all_to_all", "save:expert_hidden", {"expert": 2})],
+)
+def test_a_train_step_lowers_for_gpus(dispatcher, remat, sizes, mesh_of, monkeypatch):
+    """With loops over layers and rematerialisation, which trace the kernels again."""
+    monkeypatch.setattr(Triton, "refusal", lambda self, platform: None)
+    moe = {"dispatcher": dispatcher, "grouped": "triton", "capacity_factor": None, "capacity_factor_eval": None}
+    changes = {f"model__moe__{name}": value for name, value in moe.items()}
+    changes |= {f"mesh__{axis}": size for axis, size in sizes.items()}
+    config = resolved(tiny.experiment(model__num_layers=4, model__remat=remat, mesh__data=2, **changes), 16)
+    with jax.set_mesh(mesh := mesh_of(data=2, **sizes)):
+        traced = trace_step(config, abstract_state(config, mesh), mesh)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "check_vma=False" not in str(traced.jaxpr)
+    assert text.count("__gpu$xla.gpu.triton") >= 9  # three products, and two gradients of each
