@@ -7,7 +7,6 @@ included. An element that is read or written outside of its array raises.
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +45,6 @@ class Pointer(NamedTuple):
 class Call(NamedTuple):
     """A kernel of a lowered function."""
 
-    name: str
     grid: tuple[int, int, int]
     program: bytes
 
@@ -57,7 +55,7 @@ def calls(operation: Any) -> Iterator[Call]:
         if "mhlo.backend_config" in inner.attributes:
             config = ir.DictAttr(inner.attributes["mhlo.backend_config"])
             grid = [ir.IntegerAttr(config[f"grid_{axis}"]).value for axis in "xyz"]
-            yield Call(str(config["name"]).strip('"'), tuple(grid), ir.StringAttr(config["ir"]).value_bytes)
+            yield Call(tuple(grid), ir.StringAttr(config["ir"]).value_bytes)
         yield from calls(inner)
 
 
@@ -152,6 +150,4 @@ def _value(op: Any, given: list[Any], place: tuple[int, ...]) -> Any:
 def _kind(written: str) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of a type as MLIR writes it; of a pointer no dtype."""
     *sizes, last = written.removeprefix("tensor<").removesuffix(">").split("x") if "tensor" in written else [written]
-    shape = tuple(int(size) for size in sizes)
-    assert math.prod(shape) > 0
-    return shape, DTYPES.get(last)
+    return tuple(int(size) for size in sizes), DTYPES.get(last)
