@@ -22,7 +22,8 @@ from dispatch_programs import Sizes
 from sparse_lm.mesh import make_mesh
 from sparse_lm.moe.dispatch import DISPATCHERS
 from sparse_lm.moe.dispatch.ragged_all_to_all import PART
-from sparse_lm.moe.grouped.blocks import block_size
+from sparse_lm.moe.grouped.blocks import SIZES as BLOCKS
+from sparse_lm.moe.grouped.layout import block_size
 
 DEVICES, SIZES = 4, Sizes()
 WEIGHTS = {(8, 64, 128), (8, 128, 64)}  # what is gathered of them
@@ -130,7 +131,7 @@ def expected(name, gradients, sizes=SIZES, devices=DEVICES):
 
 
 def in_blocks(rows, experts):
-    size = block_size(rows, experts)
+    size = block_size(BLOCKS, rows, experts)
     return (rows // size + experts) * size
 
 

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lm.config import ConfigError
-from sparse_lm.moe.grouped import KERNELS, Layout, grouped_product, kernel_of
-from sparse_lm.moe.grouped.blocks import Blocks, block_size, most_together
-from sparse_lm.moe.grouped.megablox import Megablox, tile_rows, tile_width
+from sparse_lm.moe.grouped import KERNELS, Layout, blocks, grouped_product, kernel_of, megablox, triton
+from sparse_lm.moe.grouped.blocks import Blocks, most_together
+from sparse_lm.moe.grouped.layout import block_size
+from sparse_lm.moe.grouped.megablox import Megablox, tile_width
 from sparse_lm.moe.grouped.ragged import RaggedDot, Tokamax
-from sparse_lm.moe.grouped.triton import OPTIONS, Triton, block_rows
+from sparse_lm.moe.grouped.triton import OPTIONS, Triton
 
 D, F = 5, 3
 HERE = {  # what runs on a CPU
@@ -67,11 +68,21 @@ def check(kernel, counts, rows=None):
     w = rng.normal(size=(len(counts), D, F)).astype(np.float32)
     dy = np.where(expert[:, None] >= 0, rng.normal(size=(len(x), F)), 0).astype(np.float32)
     y, dx, dw = with_gradients(kernel, x, w, dy, layout)
-    one_hot = expert[:, None] == np.arange(len(counts))
-    exact = [a.astype(np.float64) for a in (x, w, dy)]
-    np.testing.assert_allclose(y, np.einsum("re,rd,edf->rf", one_hot, exact[0], exact[1]), atol=1e-5)
-    np.testing.assert_allclose(dx, np.einsum("re,rf,edf->rd", one_hot, exact[2], exact[1]), atol=1e-5)
-    np.testing.assert_allclose(dw, np.einsum("re,rd,rf->edf", one_hot, exact[0], exact[2]), rtol=1e-5, atol=1e-5)
+    exact = products(x, w, dy, expert)
+    np.testing.assert_allclose(y, exact[0], atol=1e-5)
+    np.testing.assert_allclose(dx, exact[1], atol=1e-5)
+    np.testing.assert_allclose(dw, exact[2], rtol=1e-5, atol=1e-5)
+
+
+def products(x, w, dy, expert):
+    """Result and both gradients in float64."""
+    one_hot = expert[:, None] == np.arange(len(w))
+    x, w, dy = (np.asarray(one, np.float64) for one in (x, w, dy))
+    return (
+        np.einsum("re,rd,edf->rf", one_hot, x, w),
+        np.einsum("re,rf,edf->rd", one_hot, dy, w),
+        np.einsum("re,rd,rf->edf", one_hot, x, dy),
+    )
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -112,7 +123,7 @@ def test_there_is_always_room_for_blocks(counts):
 
 @pytest.mark.parametrize(("rows", "experts", "size"), [(8192, 8, 32), (8192, 128, 16), (8192, 256, 8), (1, 64, 8)])
 def test_blocks_shrink_where_they_would_be_half_empty(rows, experts, size):
-    assert block_size(rows, experts) == size
+    assert block_size(blocks.SIZES, rows, experts) == size
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_the_largest_product_is_that_of_an_even_load(rows, experts, together):
     ("rows", "experts", "tile"), [(1, 2, 128), (2047, 2, 128), (2048, 2, 256), (8192, 2, 512), (57_344, 63, 128)]
 )
 def test_megablox_has_whole_tiles_of_rows_that_few_experts_share(rows, experts, tile):
-    assert tile_rows(rows, experts) == tile
+    assert block_size(megablox.ROWS, rows, experts) == tile
     total = Megablox().layout(jnp.asarray([rows, *[0] * (experts - 1)]), rows).rows
     assert total == -(-rows // tile) * tile
 
@@ -142,7 +153,7 @@ def test_megablox_fills_up_a_width_with_few_columns(width, tile):
 
 @pytest.mark.parametrize(("rows", "experts", "size"), [(1, 2, 16), (8192, 8, 128), (8192, 32, 64), (65_536, 128, 128)])
 def test_blocks_of_triton_are_as_large_as_half_empty_ones_allow(rows, experts, size):
-    assert block_rows(rows, experts) == size
+    assert block_size(triton.ROWS, rows, experts) == size
 
 
 @pytest.mark.parametrize(("name", "width"), [("megablox", 1100), ("triton", 140)])
@@ -234,15 +245,9 @@ def test_the_programs_that_triton_gets_compute_every_product(counts, inner, oute
     x, expert = placed(counts, layout, rng, inner)
     dy = np.where(expert[:, None] >= 0, rng.normal(size=(len(x), outer)), 0)
     x, w, dy = (jnp.asarray(one, dtype) for one in (x, rng.normal(size=(len(counts), inner, outer)), dy))
-    one_hot, exact = expert[:, None] == np.arange(len(counts)), [np.asarray(one, np.float64) for one in (x, w, dy)]
     found = kernel.times(x, w, layout, False), kernel.times(dy, w, layout, True), kernel.outer(x, dy, layout, w.dtype)
-    wanted = (
-        np.einsum("re,rd,edf->rf", one_hot, exact[0], exact[1]),
-        np.einsum("re,rf,edf->rd", one_hot, exact[2], exact[1]),
-        np.einsum("re,rd,rf->edf", one_hot, exact[0], exact[2]),
-    )
     rounding = 2.0**-8 if dtype == "bfloat16" else 1e-5
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, products(x, w, dy, expert), strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=rounding, atol=1e-4)
 
 
@@ -267,12 +272,12 @@ def test_triton_gets_a_program_for_each_product(shape, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(8, 512, 1024), (4, 24, 40), (32, 2880, 2880)])
 def test_triton_compiles_them_for_gpus_that_are_not_here(shape, dtype, capability, tmp_path):
-    triton, compiler = (importlib.import_module(name) for name in ("triton", "triton.backends.compiler"))  # large
+    library, compiler = (importlib.import_module(name) for name in ("triton", "triton.backends.compiler"))  # large
     for number, call in enumerate(triton_calls(Triton(), 16_384, shape, dtype)):
         path = tmp_path / f"{number}.ttir"
         path.write_text(triton_machine.text(call.program))
         target = compiler.GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(str(path), target=target, options=OPTIONS)
+        compiled = library.compile(str(path), target=target, options=OPTIONS)
         assert compiled.asm["cubin"]
         # Both are matrix units; those of Hopper that work on their own want whole tiles.
         assert ("wgmma.mma_async" if capability == 90 and min(shape[1:]) >= 128 else "mma") in compiled.asm["ptx"]

@@ -17,16 +17,8 @@ from sparse_lm.mesh import varying
 from sparse_lm.moe.grouped.layout import Kernel, Layout
 from sparse_lm.products import einsum
 
-BLOCK = 32  # rows; few rows for each expert make smaller ones, see `block_size`
+SIZES = (8, 16, 32)  # rows of a block
 LARGEST = (128, 1024)  # rows of the largest product, at least and at most; powers of two, see `most_together`
-
-
-def block_size(rows: int, experts: int) -> int:
-    """`BLOCK`, or less where half-empty last blocks would be more than about an eighth of the work; at least 8."""
-    size = BLOCK
-    while size > 8 and 4 * size * experts > rows:
-        size //= 2
-    return size
 
 
 def most_together(layout: Layout) -> int:
@@ -46,9 +38,7 @@ class Blocks(Kernel):
 
     def layout(self, count_E, rows):
         """See `Kernel.layout`."""
-        experts = count_E.shape[0]
-        size = block_size(rows, experts)
-        return Layout.of(count_E, size, rows // size + experts)
+        return Layout.in_blocks(SIZES, count_E, rows)
 
     def times(self, x_RA, w_EXY, layout, transpose):
         """See `Kernel.times`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 def before(size: jax.Array, axis: int = 0) -> jax.Array:
     """Sums of what stands before along an axis."""
     return jnp.cumsum(size, axis=axis, dtype=size.dtype) - size
+
+
+def block_size(sizes: Sequence[int], rows: int, experts: int) -> int:
+    """The largest of the sizes of which one for every expert is a quarter of the rows at most; else the smallest.
+
+    Half-empty last blocks are then about an eighth of the work, and tiles that neighbours share about a quarter.
+    """
+    return max((size for size in sizes if 4 * size * experts <= rows), default=min(sizes))
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +54,13 @@ class Layout:
                 "count what is there, or make the layout for more rows"
             )
         return layout
+
+    @classmethod
+    def in_blocks(cls, sizes: Sequence[int], count_E: Int[Array, "E"], rows: int) -> Layout:
+        """Each expert's rows in whole blocks, of the size that suits up to `rows` in all, with room for any counts."""
+        experts = count_E.shape[0]
+        size = block_size(sizes, rows, experts)
+        return cls.of(count_E, size, rows // size + experts)
 
     @property
     def rows(self) -> int:

@@ -7,16 +7,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from sparse_lm.moe.grouped.layout import Kernel, Layout
+from sparse_lm.moe.grouped.layout import Kernel, Layout, block_size
 
 ROWS = (128, 256, 512)  # of a tile
 WIDTHS = (512, 640, 768, 896, 1024)  # of a tile; a width that is less than the last is one tile
 ON_CHIP = 29 * 2**19  # bytes for tiles: of the 16 MiB that a kernel gets by default, the masks take up to 1.5
-
-
-def tile_rows(rows: int, experts: int) -> int:
-    """The most rows of a tile for which those that experts share, one for each, are about a quarter of the work."""
-    return max((size for size in ROWS if 4 * size * experts <= rows), default=ROWS[0])
 
 
 def tile_width(width: int) -> int:
@@ -43,7 +38,7 @@ class Megablox(Kernel):
 
     def layout(self, count_E, rows):
         """See `Kernel.layout`."""
-        tile = tile_rows(rows, count_E.shape[0])
+        tile = block_size(ROWS, rows, count_E.shape[0])
         return Layout.of(count_E, 1, -(-rows // tile) * tile)
 
     def times(self, x_RA, w_EXY, layout, transpose):

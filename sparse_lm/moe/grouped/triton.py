@@ -23,11 +23,6 @@ OPTIONS = {"num_warps": 8, "num_stages": 3}  # threads of a program, in groups o
 SUMMED_BYTES = 128  # of each row of a tile that is summed over: a line of a GPU's cache
 
 
-def block_rows(rows: int, experts: int) -> int:
-    """The most rows of a block for which half-empty last blocks are at most about an eighth of the work."""
-    return max((size for size in ROWS if 4 * size * experts <= rows), default=ROWS[0])
-
-
 @dataclasses.dataclass(frozen=True)
 class Triton(Kernel):
     """interpret: runs the kernels step by step on any platform, for tests.
@@ -56,9 +51,7 @@ class Triton(Kernel):
 
     def layout(self, count_E, rows):
         """See `Kernel.layout`."""
-        experts = count_E.shape[0]
-        size = block_rows(rows, experts)
-        return Layout.of(count_E, size, rows // size + experts)
+        return Layout.in_blocks(ROWS, count_E, rows)
 
     def times(self, x_RA, w_EXY, layout, transpose):
         """See `Kernel.times`."""
